@@ -76,7 +76,7 @@ def read_jsonl(path: str | Path) -> list[tuple[int, Any]]:
         DataError: missing or a line that is not JSON; names the file and the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
