@@ -1,0 +1,43 @@
+"""kore_fast: put new knowledge into large multimodal models without wiping out the old (KORE, arXiv 2510.19316).
+
+Names load what they need when they are first used: `import kore_fast` itself imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CovarianceStore": "kore_fast.constraint",
+    "KoreConfig": "kore_fast.constraint",
+    "collect_covariance": "kore_fast.constraint",
+    "get_kore_model": "kore_fast.constraint",
+    "load_kore_model": "kore_fast.modules.adapter",
+    "to_zero_delta": "kore_fast.constraint",
+}
+
+if TYPE_CHECKING:
+    from kore_fast.constraint import CovarianceStore, KoreConfig, collect_covariance, get_kore_model, to_zero_delta
+    from kore_fast.modules.adapter import load_kore_model
+
+__all__ = [
+    "CovarianceStore",
+    "KoreConfig",
+    "collect_covariance",
+    "get_kore_model",
+    "load_kore_model",
+    "to_zero_delta",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'kore_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

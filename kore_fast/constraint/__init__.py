@@ -1,0 +1,20 @@
+"""Old knowledge → covariances → the null space that new knowledge is trained in."""
+
+from kore_fast.constraint.collection import collect_covariance
+from kore_fast.constraint.initialization import KoreConfig, get_kore_model, kore_factors, to_zero_delta
+from kore_fast.constraint.leak import LayerLeak, leak
+from kore_fast.constraint.selection import decoder_linears, select_linears
+from kore_fast.constraint.store import CovarianceStore
+
+__all__ = [
+    "CovarianceStore",
+    "KoreConfig",
+    "LayerLeak",
+    "collect_covariance",
+    "decoder_linears",
+    "get_kore_model",
+    "kore_factors",
+    "leak",
+    "select_linears",
+    "to_zero_delta",
+]

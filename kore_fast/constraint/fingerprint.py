@@ -1,0 +1,28 @@
+"""A model's fingerprint: a store made for one model must not constrain another."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+# Enough values of a weight to tell any two checkpoints apart, few enough to read a 13B model in seconds.
+_SAMPLES = 1024
+
+
+def model_fingerprint(model: nn.Module, layers: list[str]) -> str:
+    """Hex SHA-256 over the names, shapes and sampled values of the weights of ``layers``.
+
+    Values are rounded to bfloat16 first, so that one checkpoint loaded in float32 or bfloat16 has one fingerprint.
+    """
+    modules = dict(model.named_modules())
+    digest = hashlib.sha256()
+    for name in layers:
+        weight = modules[name].weight
+        assert isinstance(weight, torch.Tensor)
+        digest.update(f"{name}:{tuple(weight.shape)}".encode())
+        flat = weight.detach().reshape(-1)
+        sampled = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.bfloat16)
+        digest.update(sampled.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

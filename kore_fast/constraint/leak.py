@@ -1,0 +1,59 @@
+"""Leak: how much of the old inputs an adapter's A still reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kore_fast.constraint.store import CovarianceStore
+from kore_fast.ops import NullSpace
+
+
+@dataclass(frozen=True)
+class LayerLeak:
+    """A row of the leak report."""
+
+    layer: str
+    d_in: int
+    d_out: int
+    rank: int
+    tokens: int
+    leak: float
+    """tr(A C Aᵀ)·d_in / (‖A‖_F²·tr C): 1 for a random direction, 0 in a true null space."""
+    tail_energy: float | None
+    """Share of tr C in the bottom-r space; None for an A that was not made from it."""
+    lambda_min: float | None
+    lambda_max: float | None
+    shares: str
+    """The distinct input that the layer reads."""
+
+
+def leak(A: torch.Tensor, C: torch.Tensor) -> float:
+    """Leak of A (r, d) against C (d, d): tr(A C Aᵀ)·d / (‖A‖_F²·tr C), in float64."""
+    A64, C64 = A.detach().to(torch.float64), C.to(torch.float64)
+    scale = A64.square().sum() * C64.diagonal().sum()
+    return float((A64 @ C64 * A64).sum() * C64.shape[0] / scale) if float(scale) > 0 else 0.0
+
+
+def layer_leak(
+    layer: str,
+    A: torch.Tensor,
+    C: torch.Tensor,
+    weight: torch.Tensor,
+    store: CovarianceStore,
+    space: NullSpace | None = None,
+) -> LayerLeak:
+    """The leak report's row of one layer; ``space`` is the null space that A was made from, if it was."""
+    return LayerLeak(
+        layer=layer,
+        d_in=weight.shape[1],
+        d_out=weight.shape[0],
+        rank=A.shape[0],
+        tokens=store.tokens(layer),
+        leak=leak(A, C),
+        tail_energy=None if space is None else float(space.energy),
+        lambda_min=None if space is None else float(space.eigenvalues[0]),
+        lambda_max=None if space is None else float(space.largest),
+        shares=store.group_of(layer),
+    )

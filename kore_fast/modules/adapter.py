@@ -1,0 +1,155 @@
+"""A KORE adapter on a PEFT model: A frozen, its hash kept with the adapter and checked, the files plain PEFT's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from kore_fast.errors import ConstraintError
+from kore_fast.files import read_json, write_json
+
+METADATA = "kore.json"
+
+
+class KorePeftModel(PeftModel):
+    """The `PeftModel` that `get_kore_model` and `load_kore_model` return: it checks A whenever it saves.
+
+    Beside PEFT's files it writes ``kore.json`` (hash of A, rank, form, what A was made from), which plain PEFT ignores.
+    """
+
+    kore: dict[str, Any]
+    # Residual form only: (B0, A) of each layer, for `to_zero_delta`.
+    kore_residual: dict[str, torch.Tensor] | None
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """As in PEFT. Raises `ConstraintError` when A has changed or the base is still the residual one."""
+        if self.kore_residual is not None:
+            raise ConstraintError(
+                "this model is in the paper's residual form: its adapter fits only W0 − B0·A. Call "
+                "kore_fast.to_zero_delta(model) first; the function stays the same and the adapter fits W0"
+            )
+        check_lora_a(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_json(Path(save_directory) / METADATA, self.kore)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The model's LoRA layers by the name of the layer that they adapt (PEFT's prefix taken off)."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def attach_lora(model: nn.Module, config: LoraConfig, factors: Mapping[str, torch.Tensor]) -> PeftModel:
+    """Put LoRA layers on ``model`` with the given A (r, d_in) by layer name, and B = 0.
+
+    A has the dtype that PEFT gives it (float32 on a half-precision base).
+    """
+    peft_model = cast(PeftModel, get_peft_model(model, config))
+    layers = lora_layers(peft_model)
+    if set(layers) != set(factors):
+        odd = sorted(set(layers) ^ set(factors))[0]
+        raise ConstraintError(f"{odd}: the adapter's layers are not those of the factors; name them with target_modules")
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for adapter in layer.lora_A:
+                layer.lora_A[adapter].weight.copy_(factors[name])
+                layer.lora_B[adapter].weight.zero_()
+    return peft_model
+
+
+def freeze_lora_a(model: nn.Module, adapter_name: str = "default") -> None:
+    """Freeze A, also against PEFT's own `set_adapter` and `enable_adapters` where PEFT (≥ 0.20) offers that."""
+    for layer in lora_layers(model).values():
+        layer.lora_A[adapter_name].weight.requires_grad_(False)
+        if hasattr(layer, "frozen_peft_weight_names"):
+            layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
+
+
+def lora_a_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hex SHA-256 over (layer name, A in float32) pairs, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_lora_a_hash(model: nn.Module, adapter_name: str = "default") -> str:
+    """`lora_a_hash` of a model's adapter."""
+    return lora_a_hash((name, layer.lora_A[adapter_name].weight) for name, layer in lora_layers(model).items())
+
+
+def check_lora_a(model: KorePeftModel) -> None:
+    """Law 2: A never changes.
+
+    Raises:
+        ConstraintError: A differs from the A at initialisation.
+    """
+    if model.kore.get("train_a"):
+        return
+    found = model_lora_a_hash(model)
+    if found != model.kore["lora_a_sha256"]:
+        raise ConstraintError(
+            f"lora_A has changed: its SHA-256 is {found[:12]}…, at initialisation it was "
+            f"{model.kore['lora_a_sha256'][:12]}…. Something trained or cast it (an optimizer that was given it, "
+            "set_adapter on PEFT < 0.20, a checkpoint without lora_A): start again from the initial adapter"
+        )
+
+
+def as_kore_model(model: PeftModel, kore: dict[str, Any]) -> KorePeftModel:
+    """Make a `PeftModel` keep and check the KORE invariants; freezes A unless ``kore["train_a"]``."""
+    model.__class__ = KorePeftModel
+    kore_model = cast(KorePeftModel, model)
+    kore_model.kore = kore
+    kore_model.kore_residual = None
+    if not kore.get("train_a"):
+        freeze_lora_a(kore_model)
+    check_lora_a(kore_model)
+    return kore_model
+
+
+def is_kore_adapter(folder: str | Path) -> bool:
+    """Whether the adapter folder was made by `get_kore_model`."""
+    return (Path(folder) / METADATA).is_file()
+
+
+def load_kore_model(model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> KorePeftModel:
+    """Load a KORE adapter onto its base model: as `PeftModel.from_pretrained`, and A is checked and stays frozen.
+
+    Raises:
+        ConstraintError: no ``kore.json`` there, LoRA dropout above zero, or A is not the one that was saved.
+    """
+    if not is_kore_adapter(folder):
+        raise ConstraintError(f"{folder}: no {METADATA}, so not an adapter of get_kore_model; load it with plain PEFT")
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)  # type: ignore[arg-type]
+    config = peft_model.peft_config["default"]
+    refuse_dropout(getattr(config, "lora_dropout", 0.0))
+    return as_kore_model(peft_model, read_json(Path(folder) / METADATA))
+
+
+def refuse_dropout(lora_dropout: float) -> None:
+    """Raises `ConstraintError` for LoRA dropout above zero."""
+    if lora_dropout > 0:
+        raise ConstraintError(
+            f"lora_dropout={lora_dropout}: KORE needs 0. Dropout on the adapter's input leaves the null space (a masked "
+            "x has a part that A does not annihilate) and breaks the zero-delta form"
+        )
+
+
+def refuse_weight_decay(weight_decay: float) -> None:
+    """Raises `ConstraintError` for weight decay above zero on a KORE adapter."""
+    if weight_decay > 0:
+        raise ConstraintError(
+            f"weight_decay={weight_decay}: KORE needs 0. Decay pulls B to zero where the paper's form would pull it to "
+            "its own start, so the two forms part; the null space already keeps the old knowledge"
+        )

@@ -1,0 +1,1 @@
+"""Plain PyTorch in float64: what every faster backend is tested against."""
