@@ -1,0 +1,49 @@
+"""Pictures named by data: each stays inside its folder, is decoded once in full, and has a bounded size."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from kore_fast.errors import DataError
+from kore_fast.files import inside
+
+# Raster formats whose decoders are part of Pillow itself; others (EPS, for one) hand the file to another program.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 50_000_000
+
+
+def check_image(root: str | Path, relative: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Decode the picture ``relative`` below ``root`` and return its (width, height) in pixels.
+
+    Raises:
+        DataError: the path leaves ``root``, there is no such file, it is not a picture or is cut short, or it has more
+            than ``max_pixels`` pixels (refused from its header, before anything is decoded).
+    """
+    path = inside(root, relative)
+    if not path.is_file():
+        raise DataError(f"no image {relative!r} below {root}; put the file there or correct the path")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at its own, larger bound; ours is checked below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise DataError(
+                        f"image {relative!r} has {width} x {height} pixels, more than the {max_pixels:,} allowed; "
+                        "make it smaller"
+                    )
+                image.load()
+                return width, height
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        raise DataError(f"image {relative!r} has more than {max_pixels:,} pixels; make it smaller") from None
+    except Exception as error:  # decoders raise whatever a broken file leads them into, not only OSError
+        raise DataError(
+            f"image {relative!r} cannot be decoded ({error}): it is cut short or not a picture; "
+            f"replace it ({', '.join(IMAGE_FORMATS)} are read)"
+        ) from None

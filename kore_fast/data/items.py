@@ -1,0 +1,138 @@
+"""Items: the pieces of new knowledge (a name, a picture, prose, facts), read from JSON lines beside an image folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, ValidationError, field_validator
+
+from kore_fast.data.images import MAX_PIXELS, check_image
+from kore_fast.data.problems import describe_validation, raise_problems
+from kore_fast.errors import DataError
+
+IMAGE_TOKEN = "<image>"
+
+FactValue = StrictStr | StrictInt | StrictFloat | list[StrictStr]
+
+
+def _filled(key: str, value: str) -> str:
+    if not value.strip():
+        raise ValueError(f"{key!r} is empty")
+    if IMAGE_TOKEN in value:
+        raise ValueError(f"{key!r} holds {IMAGE_TOKEN}, which marks a picture's place in samples; take it out")
+    return value
+
+
+class Item(BaseModel):
+    """One piece of knowledge.
+
+    ``image`` is a path relative to the folder of the items file; ``text`` is the knowledge as prose; ``facts`` maps a
+    key (``race``, ``founded_in``) to a string, a number or a list of strings.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: StrictStr
+    name: StrictStr
+    image: StrictStr
+    text: StrictStr
+    type: StrictStr = "entity"
+    facts: dict[StrictStr, FactValue] = Field(default_factory=dict)
+    source: StrictStr | None = None
+    licence: StrictStr | None = None
+
+    @field_validator("id", "name", "image", "text", "type")
+    @classmethod
+    def _not_empty(cls, value: str, info: Any) -> str:
+        return _filled(info.field_name, value)
+
+    @field_validator("facts", mode="before")
+    @classmethod
+    def _fact_values(cls, facts: Any) -> Any:
+        if not isinstance(facts, dict):
+            raise ValueError("'facts' must be an object of key: value")
+        for key, value in facts.items():
+            values = value if isinstance(value, list) else [value]
+            if not str(key).strip():
+                raise ValueError("'facts' has an empty key")
+            if not values:
+                raise ValueError(f"fact {key!r} is an empty list; leave the key out")
+            for one in values:
+                if isinstance(one, bool) or not isinstance(one, str | int | float):
+                    raise ValueError(f"fact {key!r} must be a string, a number or a list of strings, not {one!r}")
+                if isinstance(value, list) and not isinstance(one, str):
+                    raise ValueError(f"fact {key!r}: a list may only hold strings, not {one!r}")
+                if isinstance(one, float) and not math.isfinite(one):
+                    raise ValueError(f"fact {key!r} is not a finite number")
+                if isinstance(one, str):
+                    _filled(f"fact {key}", one)
+        return facts
+
+
+def load_items(path: str | Path, *, check_images: bool = True, max_pixels: int = MAX_PIXELS) -> list[Item]:
+    """Read and check a JSON-lines file of items; image paths are relative to the file's folder.
+
+    Every picture is decoded in full (``check_images=False`` leaves that out).
+
+    Raises:
+        DataError: lists every problem of the file at once, with line numbers: bad JSON, an unknown or missing key, an
+            empty name or text, two items with one id, a picture that is missing, broken, too large or outside.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; an items file has one JSON object a line") from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from None
+    items: list[Item] = []
+    problems: list[str] = []
+    first_line: dict[str, int] = {}
+    checked: dict[str, str | None] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"line {number}: not valid JSON ({error})")
+            continue
+        if not isinstance(record, dict):
+            problems.append(f"line {number}: expected one JSON object, found {type(record).__name__}")
+            continue
+        place = f"line {number}"
+        identity = record.get("id")
+        if isinstance(identity, str) and identity.strip():
+            place = f"line {number}, item {identity!r}"
+            if identity in first_line:
+                problems.append(f"{place}: the id is already used on line {first_line[identity]}; ids must differ")
+            first_line.setdefault(identity, number)
+        try:
+            item = Item.model_validate(record)
+        except ValidationError as error:
+            problems += [f"{place}: {message}" for message in describe_validation(error, Item.model_fields)]
+            continue
+        if check_images:
+            if item.image not in checked:
+                checked[item.image] = image_problem(path.parent, item.image, max_pixels=max_pixels)
+            problem = checked[item.image]
+            if problem is not None:
+                problems.append(f"{place}: {problem}")
+                continue
+        items.append(item)
+    if not items and not problems:
+        problems.append("there is no item in it; write one JSON object a line with id, name, image and text")
+    raise_problems(path, "items", problems)
+    return items
+
+
+def image_problem(root: str | Path, relative: str, *, max_pixels: int = MAX_PIXELS) -> str | None:
+    """What is wrong with a picture (see :func:`check_image`), or None."""
+    try:
+        check_image(root, relative, max_pixels=max_pixels)
+    except DataError as error:
+        return str(error)
+    return None
