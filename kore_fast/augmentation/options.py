@@ -25,7 +25,7 @@ class AugmentationOptions(BaseModel):
     """Dialogues an item."""
     rounds: Annotated[int, Field(ge=1)] = 5
     """Rounds a dialogue, at most, the opening one included."""
-    prose_words: Annotated[int, Field(ge=1)] = 60
+    prose_words: Annotated[int, Field(ge=8)] = 60
     """The most words of an item's prose in one answer; longer prose ends at the last sentence that fits."""
     summary_words: Annotated[int, Field(ge=8)] = 25
     """The most words of prose in a caption (25 in the paper)."""

@@ -22,8 +22,12 @@ def check_image(root: str | Path, relative: str, *, max_pixels: int = MAX_PIXELS
         DataError: the path leaves ``root``, there is no such file, it is not a picture or is cut short, or it has more
             than ``max_pixels`` pixels (refused from its header, before anything is decoded).
     """
-    path = inside(root, relative)
-    if not path.is_file():
+    try:
+        path = inside(root, relative)
+        found = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a null byte, a name too long, a circle of links
+        raise DataError(f"image {relative!r} is not a usable path ({error}); correct it") from None
+    if not found:
         raise DataError(f"no image {relative!r} below {root}; put the file there or correct the path")
     try:
         with warnings.catch_warnings():

@@ -21,6 +21,10 @@ FactValue = StrictStr | StrictInt | StrictFloat | list[StrictStr]
 def _filled(key: str, value: str) -> str:
     if not value.strip():
         raise ValueError(f"{key!r} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{key!r} holds half a character (a lone surrogate), which no file can; correct it") from None
     if IMAGE_TOKEN in value:
         raise ValueError(f"{key!r} holds {IMAGE_TOKEN}, which marks a picture's place in samples; take it out")
     return value
@@ -97,7 +101,7 @@ def load_items(path: str | Path, *, check_images: bool = True, max_pixels: int =
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # besides bad JSON: a number of thousands of digits, deep nesting
             problems.append(f"line {number}: not valid JSON ({error})")
             continue
         if not isinstance(record, dict):

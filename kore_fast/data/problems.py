@@ -30,17 +30,19 @@ def describe_validation(error: ValidationError, known: Iterable[str]) -> list[st
     said = []
     for detail in error.errors():
         place = [str(part) for part in detail["loc"]]
-        where = place[0] if place else "record"
+        owner = f"{'.'.join(place[:-1])}: " if len(place) > 1 else ""
         if detail["type"] == "extra_forbidden":
             close = difflib.get_close_matches(place[-1], known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-            message = f"unknown key {place[-1]!r}; {hint}"
+            message = f"{owner}unknown key {place[-1]!r}; {hint}"
         elif detail["type"] == "missing":
-            message = f"{place[-1]!r} is missing"
+            message = f"{owner}{place[-1]!r} is missing"
         elif detail["type"] == "value_error":
-            message = str(detail["ctx"]["error"])
+            # Our own validators name the key themselves, but not what it is inside of.
+            message = f"{'.'.join(place)}: {detail['ctx']['error']}" if len(place) > 1 else str(detail["ctx"]["error"])
         else:
-            message = f"{where!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+            where = repr(".".join(place)) if place else "the record"
+            message = f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
         if message not in said:
             said.append(message)
     return said
