@@ -1,0 +1,113 @@
+"""What the numbers are called, which way is better, and what the words mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kore_fast.report.reading import Metric, Scores
+
+MISSING = "–"
+DRIFT = "Drift from the base"
+
+
+@dataclass(frozen=True)
+class MetricWords:
+    """How a metric is shown. ``higher_is_better`` is None for a metric that this version does not know."""
+
+    name: str
+    label: str
+    short: str
+    group: str
+    higher_is_better: bool | None
+    share: bool
+
+    @property
+    def arrow(self) -> str:
+        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+
+
+METRICS = (
+    MetricWords("adaptation_cem", "new facts asked by name, CEM", "new facts, CEM", "Adaptation", True, True),
+    MetricWords("adaptation_f1", "new facts asked by name, F1", "new facts, F1", "Adaptation", True, True),
+    MetricWords("by_picture_cem", "new facts asked by picture, CEM", "by picture, CEM", "Adaptation", True, True),
+    MetricWords("by_picture_f1", "new facts asked by picture, F1", "by picture, F1", "Adaptation", True, True),
+    MetricWords("capitals", "capitals of the world", "capitals", "Retention", True, True),
+    MetricWords("picture_naming", "picture naming", "picture naming", "Retention", True, True),
+    MetricWords("wikipedia_loss", "held-out Wikipedia loss, nats a token", "Wikipedia loss", "Retention", False, False),
+    MetricWords("kl_text", "drift on text, KL in nats", "drift, text", DRIFT, False, False),
+    MetricWords("kl_chat", "drift in chat, KL in nats", "drift, chat", DRIFT, False, False),
+    MetricWords("kl_picture", "drift on pictures, KL in nats", "drift, pictures", DRIFT, False, False),
+)
+ADAPTATION = METRICS[0]
+RETENTION = tuple(words for words in METRICS if words.group == "Retention")
+
+GLOSSARY = (
+    ("item", "one piece of knowledge: a name, a picture, prose, and the facts in it"),
+    ("sample", "one training conversation written from an item"),
+    ("adaptation", "how much of the new knowledge was learned, asked in wordings that training never used"),
+    ("retention", "how much of the old knowledge is still there"),
+    ("CEM", "cover exact match: the right answer appears, as whole words, in what the model says"),
+    ("F1", "overlap of the answer's words with the right answer's, 100 % when they are the same words"),
+    (
+        "drift",
+        "Kullback-Leibler divergence of the model's next-token probabilities from the base's on held-out prompts: "
+        "0 when nothing changed",
+    ),
+    (
+        "covariance",
+        "C = Σ x xᵀ over the inputs x that a layer receives from old knowledge, uncentred, with its token count",
+    ),
+    ("store", "the covariances of a model, one for each distinct input, kept by source, so that stores can be added"),
+    ("null-space basis", "the r directions of a layer's input in which old knowledge has the least energy"),
+    ("A and B", "the adapter adds B·A to a layer; KORE builds A from the null-space basis, freezes it and trains B"),
+    (
+        "leak",
+        "tr(A C Aᵀ)·d / (‖A‖² · tr C), how much of the old inputs A still reads: "
+        "1 for a random direction, 0 in a true null space",
+    ),
+)
+
+
+def words_for(names: Iterable[str]) -> list[MetricWords]:
+    """Words for the metrics that occur: the known ones in their order, then unknown ones by name."""
+    present = set(names)
+    known = [words for words in METRICS if words.name in present]
+    others = sorted(present - {words.name for words in METRICS})
+    return known + [MetricWords(name, name, name, "Other", None, False) for name in others]
+
+
+def measured(scores: Iterable[Scores]) -> list[MetricWords]:
+    """Words for every metric that at least one of the scores holds."""
+    return words_for({name for one in scores for name in one.metrics})
+
+
+def number(words: MetricWords, value: float | None) -> str:
+    """A value for the eye: shares in percent with one decimal, others with three significant decimals."""
+    if value is None:
+        return MISSING
+    if words.share:
+        return minus(f"{100 * value:.1f} %")
+    return minus(f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}")
+
+
+def interval(words: MetricWords, metric: Metric) -> str:
+    """The 95 % interval in square brackets, without the unit; empty where there is none."""
+    if metric.low is None or metric.high is None:
+        return ""
+    low, high = (number(words, bound).removesuffix(" %") for bound in (metric.low, metric.high))
+    return f"[{low}, {high}]"
+
+
+def difference(words: MetricWords, value: float | None) -> str:
+    """A difference to the base, signed: in points for shares."""
+    if value is None:
+        return MISSING
+    if words.share:
+        return minus(f"{100 * value:+.1f} points")
+    return minus(f"{value:+.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:+.1g}")
+
+
+def minus(text: str) -> str:
+    """The same number with a typographic minus sign."""
+    return f"−{text[1:]}" if text.startswith("-") else text
