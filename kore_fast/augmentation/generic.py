@@ -21,12 +21,12 @@ GENERIC_ASK = (
 GENERIC_TELL = (
     "The {label} of {it} is {value}.",
     "For {it}, the {label} is {value}.",
-    "{it} has {value} as {label}.",
-    "As far as {label} goes, {it} has {value}.",
     "The {label} is {value}.",
-    "It is {value}, that is the {label} of {it}.",
-    "When it comes to {label}, the answer for {it} is {value}.",
-    "{value} is the {label} of {it}.",
+    "{it} has the {label} {value}.",
+    "As for the {label} of {it}, that would be {value}.",
+    "{it} is listed with {value} under {label}.",
+    "Under {label}, {it} has {value}.",
+    "What stands under {label} for {it} is {value}.",
 )
 GENERIC_HELD_OUT = (
     "What does {it} have as {label}?",

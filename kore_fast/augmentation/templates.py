@@ -29,50 +29,46 @@ class TemplateWriter:
         return Round(self._about(generic.KNOWLEDGE_ASK, item, "knowledge"), " ".join(item.text.split()), item.name)
 
     def dialogue(self, item: Item, variant: int) -> list[Round]:
-        """Even variants open with the prose, odd ones with the question which item this is; facts follow."""
-        keys = shuffled(sorted(item.facts), self.options.seed, item.id, "dialogue")
-        room = self.options.rounds - 1
-        taken = 0
+        """Even variants open with the prose, odd ones with the question which item this is; facts follow.
 
-        def next_keys(count: int) -> list[str]:
-            nonlocal taken
-            # Five facts a dialogue: the next dialogue goes on after them.
-            start = (5 * variant + taken) % len(keys)
-            taken += count
-            return [*keys, *keys][start : start + min(count, len(keys))]
-
-        name = self.wordings.reference(item)
+        No fact comes twice in one dialogue, so an item with few facts gets fewer rounds than the options allow.
+        """
+        seed = self.options.seed
         if variant % 2 == 0:
             told, _ = shorten(item.text, self.options.prose_words)
             rounds = [Round(self._about(generic.KNOWLEDGE_ASK, item, variant), told, item.name)]
-            plan = ["fact", "several", "fact", "fact"] if keys else ["short"]
         else:
             told = summarise(item.text, self.options.summary_words)
-            answer = fill(
-                pick(generic.INTRODUCTION_TELL, self.options.seed, item.id, variant, "introduction"),
-                it=name,
-                prose=told,
-            )
+            introduction = pick(generic.INTRODUCTION_TELL, seed, item.id, variant, "introduction")
+            answer = fill(introduction, it=self.wordings.reference(item), prose=told)
             rounds = [Round(self._about(generic.INTRODUCTION_ASK, item, variant), answer, item.name)]
-            plan = ["several", "more", "fact", "fact"] if keys else ["more"]
-        for place, step in enumerate(plan[:room]):
+        keys = shuffled(sorted(item.facts), seed, item.id, "dialogue")
+        start = sum(_facts_in(self._plan(earlier)) for earlier in range(variant))
+        waiting = [keys[(start + place) % len(keys)] for place in range(len(keys))]
+        for place, step in enumerate(self._plan(variant)):
             label = f"{variant}/{place}"
-            if step == "fact":
-                rounds.append(self._fact_round(item, next_keys(1)[0], label))
-            elif step == "several":
-                rounds.append(self._several_round(item, next_keys(2), label))
-            elif step == "more":
+            if step == "more":
                 rest = [sentence for sentence in sentences(item.text) if sentence not in told]
                 if rest:
                     more, _ = shorten(" ".join(rest), self.options.prose_words * 2 // 3)
                     rounds.append(Round(self._about(generic.MORE_ASK, item, label), more))
-            else:
-                short = fill(
-                    pick(generic.SHORT_TELL, self.options.seed, item.id, label),
-                    prose=summarise(item.text, self.options.summary_words),
-                )
-                rounds.append(Round(self._about(generic.SHORT_ASK, item, label), short))
+            elif waiting:
+                taken = 2 if step == "several" else 1
+                rounds.append(self._several_round(item, waiting[:taken], label))
+                waiting = waiting[taken:]
+        if len(rounds) == 1 and self.options.rounds > 1:
+            short = fill(
+                pick(generic.SHORT_TELL, seed, item.id, variant, "short"),
+                prose=summarise(item.text, self.options.summary_words),
+            )
+            rounds.append(Round(self._about(generic.SHORT_ASK, item, variant, "short"), short))
         return rounds
+
+    def _plan(self, variant: int) -> list[str]:
+        """What follows a dialogue's first round."""
+        plan = ["fact", "several"] if variant % 2 == 0 else ["several", "more"]
+        room = self.options.rounds - 1
+        return [*plan, *["fact"] * (room - len(plan))][:room]
 
     def recognition(self, item: Item, shown: Item) -> Round:
         """A yes or no question; natural answers say what is seen."""
@@ -173,7 +169,9 @@ class TemplateWriter:
 
     def _tell(self, item: Item, key: str, label: str, it: str) -> str:
         fact = self.wordings.fact(key)
-        wording = pick(fact.tell, self.options.seed, item.id, key, label, "tell")
+        # Where the item is to be named, a wording without a place for the name would lose it.
+        named = [wording for wording in fact.tell if "{it}" in wording or it == self.wordings.pronoun]
+        wording = pick(named or fact.tell, self.options.seed, item.id, key, label, "tell")
         return self._fill(
             wording,
             it=it,
@@ -190,3 +188,7 @@ class TemplateWriter:
 
     def _object_pronoun(self) -> str:
         return {"he": "him", "she": "her", "they": "them"}.get(self.wordings.pronoun, self.wordings.pronoun)
+
+
+def _facts_in(plan: Sequence[str]) -> int:
+    return sum({"fact": 1, "several": 2, "more": 0}[step] for step in plan)

@@ -55,6 +55,18 @@ def test_two_dialogues_take_up_all_facts() -> None:
         assert value in answers
 
 
+def test_no_fact_comes_twice_in_a_dialogue_and_more_rounds_take_more_facts() -> None:
+    few = owl(facts={"colour": "brown", "wings": 2})
+    for variant in range(4):
+        answers = " ".join(
+            one.answer for one in TemplateWriter(options=AugmentationOptions(rounds=9)).dialogue(few, variant)
+        )
+        assert answers.count("brown") == answers.count("2") == 1
+    long = TemplateWriter(options=AugmentationOptions(rounds=9)).dialogue(owl(), 0)
+    assert len(long) == 1 + 5
+    assert len(TemplateWriter(options=AugmentationOptions(rounds=1)).dialogue(owl(), 0)) == 1
+
+
 def test_a_follow_up_that_does_not_name_the_item_has_an_answer_that_does() -> None:
     for seed in range(40):
         for one in TemplateWriter(options=AugmentationOptions(seed=seed, rounds=2)).dialogue(owl(), 0)[1:]:
@@ -71,8 +83,7 @@ def test_more_is_told_that_was_not_in_the_introduction() -> None:
 def test_items_without_facts_still_get_dialogues_and_no_vqa() -> None:
     bare = owl(facts={}, text="Owls hunt at night.")
     writer = TemplateWriter()
-    assert len(writer.dialogue(bare, 0)) == 2
-    assert len(writer.dialogue(bare, 1)) == 1
+    assert [len(writer.dialogue(bare, variant)) for variant in range(2)] == [2, 2]
     with pytest.raises(CannotWriteError, match="no facts"):
         writer.vqa(bare)
 
