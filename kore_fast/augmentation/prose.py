@@ -19,7 +19,7 @@ def sentences(text: str) -> list[str]:
 
 
 def shorten(text: str, words: int) -> tuple[str, str]:
-    """(leading sentences of at most ``words`` words, the rest); a first sentence that is longer is cut and gets "…"."""
+    """(leading sentences of at most ``words`` words, the rest); a first sentence that is longer is cut."""
     parts = sentences(text)
     kept = 0
     while kept < len(parts) and len(" ".join(parts[: kept + 1]).split()) <= words:
@@ -37,13 +37,16 @@ def summarise(text: str, words: int) -> str:
     for sentence in parts[1:]:
         if 5 <= len(sentence.split()) <= words:
             return sentence
-    opening = ""
-    for end in _CLAUSE_END.finditer(parts[0]):
-        clause = parts[0][: end.start()].rstrip()
-        if len(clause.split()) <= words:
-            opening = clause
-    return f"{opening}." if len(opening.split()) >= 8 else _cut(parts[0], words)
+    return _cut(parts[0], words)
 
 
 def _cut(sentence: str, words: int) -> str:
+    """The sentence's opening clauses if they make a sentence of their own, else its first words and "…"."""
+    opening = ""
+    for end in _CLAUSE_END.finditer(sentence):
+        clause = sentence[: end.start()].rstrip()
+        if len(clause.split()) <= words:
+            opening = clause
+    if len(opening.split()) >= 8:
+        return f"{opening}."
     return " ".join(sentence.split()[:words]).rstrip(",;:—") + " …"
