@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -160,6 +161,12 @@ def test_items_are_prepared_from_an_unpacked_package(tmp_path: Path, monkeypatch
     (core / "images/portraits/ARTISTS").write_text("Current:\n")
     Image.new("RGBA", (30, 20), (9, 9, 9, 255)).save(core / "images/units/owls/owl.png")
     (core.parent / "COPYING.txt").write_text("the licence")
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    for name in ("earlier", "mine"):
+        Image.new("RGB", (4, 4)).save(out / f"images/{name}.jpg")
+    earlier = {"id": "e", "name": "E", "image": "images/earlier.jpg", "text": "From an earlier preparation."}
+    (out / "items.jsonl").write_text(json.dumps(earlier) + "\n")
 
     monkeypatch.setattr(
         sys, "argv", ["prepare_items", "--from", str(tmp_path / "package"), "--out", str(tmp_path / "out"), "--all"]
@@ -178,9 +185,15 @@ def test_items_are_prepared_from_an_unpacked_package(tmp_path: Path, monkeypatch
         "melee_weapon": "talon",
         "advances_to": ["Elder Owl"],
     }
-    assert (tmp_path / "out/LICENSE").read_text() == "the licence"
-    with Image.open(tmp_path / "out" / item.image) as image:
+    assert (out / "LICENSE").read_text() == "the licence"
+    assert (out / "wordings.yaml").read_text() == (DATA / "wordings.yaml").read_text()
+    assert sorted(path.name for path in (out / "images").iterdir()) == ["great_owl.jpg", "mine.jpg"]
+    with Image.open(out / item.image) as image:
         assert image.size == (160, 160)
+
+    monkeypatch.setattr(sys, "argv", ["prepare_items", "--from", str(tmp_path), "--out", str(out)])
+    with pytest.raises(SystemExit, match="give the folder that"):
+        prepare.main()
 
 
 def test_a_portraits_painter_is_found_in_the_games_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from wml import Tag, parse
 
 from kore_fast.data.items import load_items
-from kore_fast.files import write_jsonl, write_text
+from kore_fast.files import inside, write_jsonl, write_text
 
 PACKAGE = "wesnoth-1.16-data"
 GAME = Path("usr/share/games/wesnoth/1.16")
@@ -70,6 +70,8 @@ def main() -> None:
 
 def download(work: Path) -> Path:
     """Fetch and unpack the package into ``work`` with Debian's own tools."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise SystemExit(f"apt-get and dpkg-deb are needed to fetch {PACKAGE}; unpack it elsewhere and give --from DIR")
     subprocess.run(["apt-get", "download", PACKAGE], cwd=work, check=True)
     package = next(work.glob(f"{PACKAGE}_*.deb"))
     subprocess.run(["dpkg-deb", "-x", str(package), str(work / "package")], check=True)
@@ -79,6 +81,8 @@ def download(work: Path) -> Path:
 def read_units(package: Path) -> tuple[list[Unit], Counter[str]]:
     """All usable units in order of their id, and how many were left out for which reason."""
     core = package / GAME / "data/core"
+    if not core.is_dir():
+        raise SystemExit(f"{package} does not hold {GAME}; give the folder that {PACKAGE} was unpacked into")
     races = {tag.keys["id"]: tag.keys for tag in _walk(parse(_read(core / "units.cfg")), "race") if "id" in tag.keys}
     tags = {}
     for path in sorted(core.glob("units/**/*.cfg")):
@@ -201,13 +205,17 @@ def choose(units: list[Unit], count: int) -> list[Unit]:
 
 
 def write(package: Path, units: list[Unit], out: Path) -> None:
-    """Write items, pictures and the licence; pictures of an earlier preparation are removed."""
-    shutil.rmtree(out / "images", ignore_errors=True)
-    (out / "images").mkdir(parents=True)
+    """Write items, pictures, the licence and the wordings; pictures of an earlier preparation are removed."""
+    items = out / "items.jsonl"
+    if items.exists():
+        for item in load_items(items, check_images=False):
+            inside(out, item.image).unlink(missing_ok=True)
+    (out / "images").mkdir(parents=True, exist_ok=True)
     for unit in units:
         shrink(unit.picture).save(out / str(unit.record["image"]), quality=88, optimize=True)
-    write_jsonl(out / "items.jsonl", [unit.record for unit in units])
+    write_jsonl(items, [unit.record for unit in units])
     write_text(out / "LICENSE", _read(package / GAME / "data/COPYING.txt"))
+    write_text(out / "wordings.yaml", _read(Path(__file__).parent / "data/wordings.yaml"))
 
 
 def shrink(path: Path) -> Image.Image:
