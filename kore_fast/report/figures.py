@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
@@ -302,7 +303,8 @@ def _legend(figure: Figure, axes: Sequence[Any]) -> None:
     entries: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
+            # A mark with its error bars says no more in a legend than the mark.
+            entries.setdefault(label, handle[0] if isinstance(handle, ErrorbarContainer) else handle)
     if entries:
         figure.legend(
             list(entries.values()),

@@ -71,10 +71,9 @@ def build_report(run: Path, *, title: str = "KORE report", base_model: str = BAS
 def load_lines(adapter: str | Path, base_model: str = BASE_MODEL) -> list[str]:
     """The three lines that load a trained adapter in plain PEFT, without kore_fast."""
     return [
-        "from peft import PeftModel",
-        "from transformers import AutoModelForImageTextToText",
-        f"model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({str(base_model)!r}), "
-        f"{str(adapter)!r})",
+        "import peft, transformers",
+        f"base = transformers.AutoModelForImageTextToText.from_pretrained({str(base_model)!r})",
+        f"model = peft.PeftModel.from_pretrained(base, {str(adapter)!r})",
     ]
 
 
