@@ -50,7 +50,6 @@ def parse(text: str) -> Tag:
     position = 0
     while match := _TOKEN.match(text, position):
         position = match.end()
-        kind = match.lastgroup if match.lastgroup not in ("name", "close", "word", "macro", "body") else None
         if match.group("define") is not None:
             if not match.group("arguments").split("#")[0].strip():
                 macros[match.group("macro")] = match.group("body").strip()
@@ -65,7 +64,7 @@ def parse(text: str) -> Tag:
                 conditions.append(word in ("ifndef", "ifnhave", "ifnver"))
             continue
         active = all(conditions)
-        if kind == "call":
+        if match.group("call") is not None:
             position = _after_braces(text, position)
         elif match.group("tag") is not None and active:
             name = match.group("name")
