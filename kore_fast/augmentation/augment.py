@@ -54,11 +54,10 @@ def augment(
     images = images or OwnImage()
     samples: list[Sample] = []
     rejects: list[dict[str, str]] = []
-    by_id = sorted(items, key=lambda item: item.id)
     for item in items:
         for branch in options.branches:
             try:
-                drafts = _drafts(branch, item, by_id, writer, options)
+                drafts = _drafts(branch, item, items, writer, options)
             except CannotWriteError as error:
                 rejects.append({"item": item.id, "branch": branch, "reason": str(error)})
                 continue

@@ -93,6 +93,10 @@ def test_no_examples_prefer_the_same_kind_and_need_another_item() -> None:
         (_, no) = by_item(augment(mixed, AugmentationOptions(seed=seed)).samples, "recognition")["bird0"]
         assert "Mag8" not in no.conversations[0].value + no.conversations[1].value
     assert len(by_item(augment(items(1)).samples, "recognition")["bird0"]) == 1
+    namesake = items(2)[1].model_copy(update={"name": items(1)[0].name})
+    same_picture = items(3)[2].model_copy(update={"image": items(1)[0].image})
+    made = augment([items(1)[0], namesake, same_picture])
+    assert len(by_item(made.samples, "recognition")["bird0"]) == 1
 
 
 def test_negatives_off_and_fewer_branches() -> None:
