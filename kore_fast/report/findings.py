@@ -10,7 +10,8 @@ from kore_fast.report.words import ADAPTATION, DRIFT, RETENTION, MetricWords, di
 
 EQUAL_ADAPTATION = 0.02
 EQUAL_PARAMETERS = 0.05
-DATA_SETTING = "data"
+# Any of these may say what a method was trained on: a fingerprint, the file's name, the number of samples.
+DATA_SETTINGS = ("data", "samples", "sample_count")
 
 Verdict = Literal["more", "less", "even"]
 
@@ -35,7 +36,7 @@ def headline(run: Run) -> str:
 def notes(run: Run) -> list[str]:
     """What a reader must know before comparing: unlike data, unlike sizes, missing numbers, diverged training."""
     trained = [method for method in run.methods if method.scores.kind != "base"]
-    found = [_data_note(trained), *_size_notes(run), _steps_note(trained)]
+    found = [_data_note(trained), *_size_notes(run), *(_unlike_note(trained, name) for name in ("steps", "batch_size"))]
     if run.base is None:
         found.append("The base model was not evaluated, so no difference to it can be shown.")
     metrics = measured(method.scores for method in run.methods)
@@ -124,8 +125,8 @@ def _alone(method: Method, base: Method | None) -> str:
 def _data_note(trained: list[Method]) -> str:
     if len(trained) < 2:
         return ""
-    data = [method.scores.settings.get(DATA_SETTING) for method in trained]
-    unknown = [method.label for method, value in zip(trained, data, strict=True) if value is None]
+    data = [tuple(method.scores.settings.get(name) for name in DATA_SETTINGS) for method in trained]
+    unknown = [method.label for method, value in zip(trained, data, strict=True) if not any(value)]
     if unknown:
         return f"Whether all methods trained on the same data is not recorded for {listing(unknown)}."
     if len(set(data)) == 1:
@@ -151,9 +152,9 @@ def _size_notes(run: Run) -> list[str]:
     return [f"Not the same number of trained parameters: {numbers} ({minus(f'{100 * share:+.0f} %')})."]
 
 
-def _steps_note(trained: list[Method]) -> str:
-    steps = {method.label: method.scores.settings.get("steps") for method in trained}
-    known = {label: value for label, value in steps.items() if value is not None}
-    if len(set(known.values())) < 2:
+def _unlike_note(trained: list[Method], setting: str) -> str:
+    values = {method.label: method.scores.settings.get(setting) for method in trained}
+    known = [f"{label} {value}" for label, value in values.items() if value is not None]
+    if len({value for value in values.values() if value is not None}) < 2:
         return ""
-    return "Not the same number of steps: " + ", ".join(f"{label} {value}" for label, value in known.items()) + "."
+    return f"Not the same {setting.replace('_', ' ')}: {', '.join(known)}."

@@ -258,7 +258,8 @@ def test_a_figure_without_numbers_is_removed(run: Path) -> None:
         ("kore", {"trained_parameters": None}, "not recorded for both"),
         ("lora", {"settings": {"data": "other", "steps": 40}}, "Not the same data: LoRA trained on other samples"),
         ("lora", {"settings": {"steps": 40}}, "is not recorded for LoRA"),
-        ("kore", {"settings": {"steps": 80, "data": "3f9a"}}, "Not the same number of steps: LoRA 40, KORE 80."),
+        ("lora", {"settings": {"data": "3f9a", "samples": "knowledge"}}, "Not the same data: LoRA"),
+        ("kore", {"settings": {"steps": 80, "data": "3f9a"}}, "Not the same steps: LoRA 40, KORE 80."),
         ("kore", {}, "One training seed (0)"),
     ],
 )
