@@ -1,4 +1,4 @@
-"""Plain files, written whole or not at all: a killed process never leaves a half-written result under its final name."""
+"""Plain files, written whole or not at all: a killed process leaves no half-written result under its final name."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def _waves(widths: Mapping[str, int], memory_limit: int | None) -> list[list[str
     for group, d in widths.items():
         cost = 8 * d * d
         if cost > memory_limit:
-            raise ConstraintError(f"{group}: its covariance alone takes {cost:,} bytes; memory_limit is {memory_limit:,}")
+            raise ConstraintError(f"{group}: its covariance takes {cost:,} bytes; memory_limit is {memory_limit:,}")
         if used + cost > memory_limit:
             waves.append([])
             used = 0

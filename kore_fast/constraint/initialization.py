@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -127,7 +126,7 @@ def get_kore_model(
     """A `PeftModel` whose ``lora_A`` lies in the null space of old knowledge and is frozen, ``lora_B`` zero.
 
     Its logits equal the base's bit for bit. ``lora_alpha = r`` (scaling 1), no dropout: plain PEFT loads what
-    ``save_pretrained`` writes. ``model.kore["leaks"]`` holds the leak of every layer.
+    ``save_pretrained`` writes. ``model.kore["leaks"]`` holds a `LayerLeak` of every layer as a dictionary.
 
     Raises:
         StoreError, ConstraintError: see `kore_factors`; also LoRA dropout above zero.
@@ -156,33 +155,40 @@ def get_kore_model(
         "covariance": store.fingerprint(),
         "source_weights": dict(config.source_weights) if config.source_weights else None,
         "model": store.model,
-        "leaks": {leak.layer: leak.leak for leak in leaks},
+        "leaks": [asdict(leak) for leak in leaks],
     }
     kore_model = as_kore_model(peft_model, kore)
-    if config.form == "residual":
-        _to_residual(kore_model, {name: f.B0 for name, f in factors.items()})
-    return kore_model
+    return to_residual(kore_model) if config.form == "residual" else kore_model
 
 
 @torch.no_grad()
-def _to_residual(model: KorePeftModel, B0: Mapping[str, torch.Tensor]) -> None:
+def to_residual(model: KorePeftModel) -> KorePeftModel:
+    """Turn a KORE model into the paper's residual form, in place: W0 − B0·A as base, B0 added to B.
+
+    B0 follows from A alone: its rows are √σ_i v_iᵀ with orthonormal v_i, so W0·P = W0·A⁺·A and B0 = W0·A⁺, column i of
+    which is W0·a_i / ‖a_i‖². Such a model cannot be saved before `to_zero_delta`.
+    """
     from kore_fast.modules.adapter import lora_layers
 
-    starts = {}
+    if model.kore_residual is not None:
+        return model
+    model.kore_residual = {}
     for name, layer in lora_layers(model).items():
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        B.copy_(B0[name])
-        # What is taken from W0 is the product of the factors as stored, so that W0 − B0·A + B0·A is W0 again.
-        layer.get_base_layer().weight.sub_((B @ A).to(layer.get_base_layer().weight.dtype))  # type: ignore[operator]
-        starts[name] = B.detach().clone()
-    model.kore_residual = starts
+        weight = layer.get_base_layer().weight
+        norms = A.square().sum(dim=1)
+        B0 = (weight.to(A.dtype) @ A.T) / torch.where(norms > 0, norms, torch.ones_like(norms))
+        weight.sub_((B0 @ A).to(weight.dtype))
+        B.add_(B0)
+        model.kore_residual[name] = B0
+    return model
 
 
 @torch.no_grad()
 def to_zero_delta(model: KorePeftModel) -> KorePeftModel:
-    """Turn the paper's residual form into the zero-delta form, in place: W0 back, B − B0 in B.
+    """Undo `to_residual`, in place, also after training: W0 back, B − B0 in B.
 
-    The function is the same; the adapter that is then saved fits the untouched base model.
+    The function stays the same; the adapter that is then saved fits the untouched base model.
     """
     from kore_fast.modules.adapter import lora_layers
 
@@ -192,7 +198,7 @@ def to_zero_delta(model: KorePeftModel) -> KorePeftModel:
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         B0 = model.kore_residual[name]
         weight = layer.get_base_layer().weight
-        weight.add_((B0 @ A).to(weight.dtype))  # type: ignore[operator, arg-type]
+        weight.add_((B0 @ A).to(weight.dtype))
         B.sub_(B0)
     model.kore_residual = None
     return model
@@ -202,14 +208,3 @@ def _weight(model: nn.Module, name: str) -> torch.Tensor:
     weight = model.get_submodule(name).weight
     assert isinstance(weight, torch.Tensor)
     return weight
-
-
-def layer_kind(layer: str) -> tuple[int, str]:
-    """("model.layers.3.mlp.up_proj") → (3, "up_proj"); −1 for a layer without an index."""
-    indices = re.findall(r"\.(\d+)\.", layer)
-    return (int(indices[-1]) if indices else -1, layer.rpartition(".")[2])
-
-
-def leak_rows(leaks: Sequence[LayerLeak]) -> list[dict[str, Any]]:
-    """The leak report as rows of ``leak.csv``."""
-    return [asdict(leak) for leak in leaks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,3 +58,19 @@ def layer_leak(
         lambda_max=None if space is None else float(space.largest),
         shares=store.group_of(layer),
     )
+
+
+def leak_report(
+    factors: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    store: CovarianceStore,
+    source_weights: Mapping[str, float] | None = None,
+) -> list[LayerLeak]:
+    """The leak of any adapter: A (r, d_in) and W0 (d_out, d_in) by layer name."""
+    rows: dict[str, LayerLeak] = {}
+    for group, members in store.groups.items():
+        chosen = [name for name in members if name in factors]
+        if chosen:
+            C = store.covariance(group, source_weights)
+            rows |= {name: layer_leak(name, factors[name].cpu(), C, weights[name], store) for name in chosen}
+    return [rows[name] for name in factors if name in rows]

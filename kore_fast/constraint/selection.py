@@ -22,7 +22,7 @@ def decoder_linears(model: nn.Module) -> list[str]:
     Raises:
         ConstraintError: no list of layers with linears was found.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder: object = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     if not isinstance(decoder, nn.Module):
         decoder = model
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]

@@ -25,10 +25,10 @@ class KorePeftModel(PeftModel):
     """
 
     kore: dict[str, Any]
-    # Residual form only: (B0, A) of each layer, for `to_zero_delta`.
+    # In the residual form: B0 by layer, for `to_zero_delta`.
     kore_residual: dict[str, torch.Tensor] | None
 
-    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT. Raises `ConstraintError` when A has changed or the base is still the residual one."""
         if self.kore_residual is not None:
             raise ConstraintError(
@@ -58,7 +58,9 @@ def attach_lora(model: nn.Module, config: LoraConfig, factors: Mapping[str, torc
     layers = lora_layers(peft_model)
     if set(layers) != set(factors):
         odd = sorted(set(layers) ^ set(factors))[0]
-        raise ConstraintError(f"{odd}: the adapter's layers are not those of the factors; name them with target_modules")
+        raise ConstraintError(
+            f"{odd}: the adapter's layers are not those of the factors; name them with target_modules"
+        )
     with torch.no_grad():
         for name, layer in layers.items():
             for adapter in layer.lora_A:
@@ -131,7 +133,7 @@ def load_kore_model(model: nn.Module, folder: str | Path, *, is_trainable: bool 
     """
     if not is_kore_adapter(folder):
         raise ConstraintError(f"{folder}: no {METADATA}, so not an adapter of get_kore_model; load it with plain PEFT")
-    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)  # type: ignore[arg-type]
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     config = peft_model.peft_config["default"]
     refuse_dropout(getattr(config, "lora_dropout", 0.0))
     return as_kore_model(peft_model, read_json(Path(folder) / METADATA))
@@ -141,8 +143,8 @@ def refuse_dropout(lora_dropout: float) -> None:
     """Raises `ConstraintError` for LoRA dropout above zero."""
     if lora_dropout > 0:
         raise ConstraintError(
-            f"lora_dropout={lora_dropout}: KORE needs 0. Dropout on the adapter's input leaves the null space (a masked "
-            "x has a part that A does not annihilate) and breaks the zero-delta form"
+            f"lora_dropout={lora_dropout}: KORE needs 0. Dropout on the adapter's input leaves the null space (a "
+            "masked x has a part that A does not annihilate) and breaks the zero-delta form"
         )
 
 

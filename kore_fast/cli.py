@@ -1,0 +1,123 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import kore_fast
+from kore_fast.errors import KoreError
+
+STAGES = {
+    "augment": "items → samples and held-out questions",
+    "covariance": "old knowledge → covariances of every linear input",
+    "init": "covariances → adapters to start from, with their leak",
+    "train": "samples → trained adapters",
+    "evaluate": "adaptation, retention and drift of the base and of every method",
+    "report": "figures, tables and the HTML page",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``kore-fast``; returns the exit status (1 for an error that the user can mend)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        if options.command == "env":
+            return _env()
+        return _run(options)
+    except KoreError as error:
+        print(f"kore-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("kore-fast: stopped; the same command continues from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kore-fast", description=(kore_fast.__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"kore-fast {kore_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="every stage of a recipe, in order")
+    stages = {name: commands.add_parser(name, help=text) for name, text in STAGES.items()}
+    for name, command in {"run": run, **stages}.items():
+        command.add_argument("recipe", type=Path, help="a YAML file, or a folder with recipe.yaml")
+        command.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: runs/<recipe's name>)")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, as in training.steps=20"
+        )
+        command.add_argument("--verbose", action="store_true", help="say more about what is done")
+        if name in ("init", "train", "evaluate"):
+            command.add_argument("--method", help="only this method of the recipe")
+    env = commands.add_parser("env", help="versions, devices and what was built")
+    env.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from kore_fast.errors import RecipeError
+    from kore_fast.modules.loading import quiet_transformers
+    from kore_fast.recipe.runner import run_stages
+    from kore_fast.recipe.schema import load_recipe
+    from kore_fast.recipe.stages import BASE, build_stages, prepare
+
+    if not options.verbose:
+        quiet_transformers()
+    overrides = {}
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {text}: want KEY=VALUE, as in training.steps=20")
+        overrides[key] = value
+    recipe = load_recipe(options.recipe, overrides)
+    run = (options.run or Path("runs") / recipe.name).resolve()
+    prepare(recipe)
+    stages = build_stages(recipe, run)
+    if options.command != "run":
+        method = getattr(options, "method", None)
+        if method is not None and method not in (*recipe.methods, BASE):
+            raise RecipeError(f"--method {method}: the recipe has {', '.join(recipe.methods)}")
+        stages = [s for s in stages if s.kind == options.command and (method is None or s.name.endswith(f"/{method}"))]
+    run_stages(run, stages)
+    if stages[-1].kind == "report":
+        from kore_fast.report import terminal_table
+
+        print(f"\n{terminal_table(run)}\n\nThe report: {run / 'report' / 'report.html'}")
+        print(_how_to_load(recipe.model_path(), run, [n for n, m in recipe.methods.items() if m.kind == "kore"]))
+    return 0
+
+
+def _how_to_load(model: str, run: Path, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return (
+        "\nThe adapter is an ordinary one. In plain PEFT, without kore_fast:\n\n"
+        "    from peft import PeftModel; from transformers import AutoModelForImageTextToText\n"
+        f'    base = AutoModelForImageTextToText.from_pretrained("{model}")\n'
+        f'    model = PeftModel.from_pretrained(base, "{run / "train" / names[0] / "adapter"}")'
+    )
+
+
+def _env() -> int:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    print(f"kore-fast     {kore_fast.__version__}\nPython        {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "numpy", "safetensors", "transformers", "peft", "accelerate"):
+        try:
+            print(f"{package:<13} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package:<13} not installed")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices       {', '.join(devices) or 'CPU'}, {torch.get_num_threads()} threads")
+    print("backends      reference (plain PyTorch) for covariance and nullspace")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Picture naming: which of a few names a vision-language model finds most likely for a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kore_fast.errors import DataError
+from kore_fast.files import inside, read_jsonl
+
+QUESTION = "What is in the picture?"
+OPENING = "The picture shows"
+
+
+@dataclass(frozen=True)
+class NamingQuestion:
+    """A picture and the names to choose from; ``name``, the right one, is among ``choices``."""
+
+    id: str
+    image: Path
+    name: str
+    choices: tuple[str, ...]
+
+    @property
+    def answer(self) -> int:
+        """Index of the right name in ``choices``."""
+        return self.choices.index(self.name)
+
+
+def read_naming_questions(path: str | Path) -> list[NamingQuestion]:
+    """Read ``{"id", "image", "name", "choices"}`` lines; image paths are relative to the file's folder.
+
+    Raises:
+        DataError: a key is missing, the right name is not among the choices, or the image is missing or outside.
+    """
+    path = Path(path)
+    questions = []
+    for number, row in read_jsonl(path):
+        if not isinstance(row, dict) or not all(key in row for key in ("id", "image", "name", "choices")):
+            raise DataError(f"{path}, line {number}: expected an object with id, image, name and choices")
+        if row["name"] not in row["choices"] or len(set(row["choices"])) != len(row["choices"]):
+            raise DataError(
+                f"{path}, line {number} ({row['id']}): the choices must differ and hold the name {row['name']!r}"
+            )
+        image = inside(path.parent, row["image"])
+        if not image.is_file():
+            raise DataError(f"{path}, line {number} ({row['id']}): no image at {image}")
+        questions.append(NamingQuestion(row["id"], image, row["name"], tuple(row["choices"])))
+    return questions
+
+
+def name_phrase(name: str) -> str:
+    """The name as it stands in a sentence: with "a" or "an" before a singular, "the" before a flag."""
+    last = name.split()[-1]
+    if name.startswith("flag of "):
+        return f"the {name}"
+    if last.endswith("s") and not last.endswith(("ss", "us", "is")):
+        return name
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+
+
+def score_choices(
+    model: Any,
+    processor: Any,
+    pictures: Sequence[Any],
+    choices: Sequence[Sequence[str]],
+    *,
+    against_blank: bool = True,
+    batch_size: int = 16,
+    bfloat16: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Log-likelihood, in nats, of each choice as the answer "The picture shows a …." to "What is in the picture?".
+
+    Each picture goes through the model once; its choices continue from the repeated key-value cache.
+
+    Args:
+        model: a LLaVA-like model (PEFT-wrapped or not); put into evaluation mode for the call, and back after it.
+        processor: its processor.
+        pictures: PIL images, or paths of image files.
+        choices: for each picture, the names to score.
+        against_blank: subtract the log-likelihood of the same answer for a white picture, so that a name which is
+            likely whatever the picture shows has no advantage (pointwise mutual information).
+        batch_size: pictures at a time; the scores do not depend on it, beyond rounding.
+        bfloat16: compute under bfloat16 autocast (about twice as fast on a CPU that has it).
+        progress: called with the number of pictures just finished.
+
+    Returns:
+        One list of scores a picture, in the order of its choices.
+
+    Raises:
+        DataError: a picture cannot be read, or has no choices.
+    """
+    import torch
+
+    if len(pictures) != len(choices):
+        raise ValueError(f"{len(pictures)} pictures but {len(choices)} lists of choices")
+    for index, names in enumerate(choices):
+        if not names:
+            raise DataError(f"picture {index} has no choices to score")
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    precision = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    try:
+        with torch.inference_mode(), precision:
+            blank: dict[str, float] = {}
+            if against_blank:
+                distinct = sorted({name for names in choices for name in names})
+                image = _white_picture()
+                scores = _score(model, processor, [image], [distinct])
+                blank = dict(zip(distinct, scores[0], strict=True))
+            result: list[list[float]] = []
+            for start in range(0, len(pictures), batch_size):
+                names = choices[start : start + batch_size]
+                images = [_open(picture) for picture in pictures[start : start + batch_size]]
+                scores = _score(model, processor, images, names)
+                for row, named in zip(scores, names, strict=True):
+                    result.append([score - blank.get(name, 0.0) for score, name in zip(row, named, strict=True)])
+                if progress is not None:
+                    progress(len(images))
+    finally:
+        model.train(training)
+    return result
+
+
+def naming_accuracy(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
+    """Share of pictures whose right name has the highest score; a tie counts as its part of the best (1/2 for two).
+
+    Raises:
+        ValueError: no pictures, or lists of different length.
+    """
+    if not scores:
+        raise ValueError("no pictures: the accuracy of nothing is undefined")
+    total = 0.0
+    for row, answer in zip(scores, answers, strict=True):
+        best = max(row)
+        if row[answer] == best:
+            total += 1 / sum(score == best for score in row)
+    return total / len(scores)
+
+
+def _white_picture() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (112, 112), "white")
+
+
+def _open(picture: Any) -> Any:
+    from PIL import Image
+
+    if not isinstance(picture, str | Path):
+        return picture.convert("RGB")
+    try:
+        with Image.open(picture) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise DataError(f"{picture}: not a readable image ({error}); replace the file") from None
+
+
+def _score(model: Any, processor: Any, images: Sequence[Any], choices: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Log-likelihoods of the choices; all prompts are alike, so no prefix is padded."""
+    import torch
+
+    tokenizer = processor.tokenizer
+    device = next(model.parameters()).device
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=list(images), text=[prompt + OPENING] * len(images), return_tensors="pt").to(device)
+    opening = tokenizer(OPENING, add_special_tokens=False)["input_ids"]
+    endings = []
+    for names in choices:
+        for name in names:
+            tokens = tokenizer(f"{OPENING} {name_phrase(name)}.", add_special_tokens=False)["input_ids"]
+            if tokens[: len(opening)] != opening:
+                raise DataError(f"the tokenizer joins {OPENING!r} with what follows; this scoring needs it apart")
+            endings.append(tokens[len(opening) :])
+    counts = torch.tensor([len(names) for names in choices], device=device)
+    owner = torch.repeat_interleave(torch.arange(len(choices), device=device), counts)
+
+    # Only the logits after the prefix are needed from the first pass.
+    first = model(**inputs, use_cache=True, logits_to_keep=1)
+    cache = first.past_key_values
+    if hasattr(cache, "batch_select_indices"):
+        cache.batch_select_indices(owner)
+    length = max(len(tokens) for tokens in endings)
+    pad = tokenizer.pad_token_id
+    ending = torch.tensor([tokens + [pad] * (length - len(tokens)) for tokens in endings], device=device)
+    present = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in endings], device=device)
+    before = torch.ones(len(endings), inputs["input_ids"].shape[1], dtype=present.dtype, device=device)
+    logits = first.logits[:, -1:].index_select(0, owner)
+    if length > 1:
+        rest = model(
+            input_ids=ending[:, :-1],
+            attention_mask=torch.cat([before, present[:, :-1]], dim=1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([logits, rest.logits], dim=1)
+    each = -torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), ending.flatten(), reduction="none"
+    ).view_as(ending)
+    totals = (each * present).sum(dim=1).tolist()
+    result, start = [], 0
+    for names in choices:
+        result.append(totals[start : start + len(names)])
+        start += len(names)
+    return result

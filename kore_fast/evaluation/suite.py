@@ -1,0 +1,225 @@
+"""Everything that is measured on one model: adaptation, retention and drift, each part a file that is kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kore_fast.data.conversations import ANSWER, Encoded, encode, tokenizer_of
+from kore_fast.data.old_knowledge import Picture, PlainQuestion, Text, picture_prompts
+from kore_fast.data.questions import Question
+from kore_fast.evaluation.drift import measure_drift
+from kore_fast.evaluation.generation import Prompt, generate_answers
+from kore_fast.evaluation.metrics import cover_exact_match, mean_interval, token_f1, wilson_interval
+from kore_fast.evaluation.naming import score_choices
+from kore_fast.files import inside, read_jsonl, write_jsonl
+from kore_fast.progress import Progress, silent
+
+Row = dict[str, Any]
+Metric = dict[str, float | int]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to measure; an empty part is left out, and its figures with it."""
+
+    questions: Sequence[Question] = ()
+    """About the new knowledge, in wordings that were not trained on."""
+    image_root: Path = Path()
+    capitals: Sequence[PlainQuestion] = ()
+    texts: Sequence[Text] = ()
+    text_tokens: int = 128
+    pictures: Sequence[Picture] = ()
+    drift_pictures: int = 64
+    """Of the pictures, how many the base describes; drift is measured on its descriptions."""
+    max_new_tokens: int = 32
+    batch_size: int = 32
+    bf16: bool = False
+
+
+def evaluate(
+    model: nn.Module,
+    base: nn.Module,
+    processor: Any,
+    suite: Suite,
+    folder: Path,
+    *,
+    base_folder: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Metric]:
+    """Measure ``model``, keep every prediction below ``folder``, and return its figures.
+
+    Parts whose file is there already are not measured again, so that a killed run continues.
+
+    Args:
+        base: the untouched base model, for drift; ``model`` itself when the base is measured.
+        base_folder: where the base was measured; its own answers are the held-out prompts of the drift. Default: the
+            base's answers are ``folder``'s.
+
+    Returns:
+        name → {"value", "low", "high", "count"} with 95 % intervals: Wilson's for shares, Student's for means.
+    """
+    base_folder = folder if base_folder is None else base_folder
+    metrics: dict[str, Metric] = {}
+
+    def answers(prompts: Sequence[Prompt], label: str) -> list[str]:
+        return generate_answers(
+            model,
+            processor,
+            prompts,
+            max_new_tokens=suite.max_new_tokens,
+            batch_size=suite.batch_size,
+            bf16=suite.bf16,
+            progress=progress,
+            label=label,
+        )
+
+    def drift(sequences: Sequence[Encoded], label: str) -> list[Row]:
+        found = measure_drift(
+            model, base, processor, sequences, batch_size=8, bf16=suite.bf16, progress=progress, label=label
+        )
+        return [{"loss": d.loss, "kl": d.kl, "tokens": d.tokens} for d in found]
+
+    if suite.questions:
+        rows = _part(folder / "questions.jsonl", lambda: _questions(suite, answers))
+        for form, prefix in (("by_name", "adaptation"), ("by_picture", "by_picture")):
+            chosen = [row for row in rows if row["form"] in (form, None if form == "by_name" else form)]
+            if chosen:
+                metrics[f"{prefix}_cem"] = _share([row["cem"] for row in chosen])
+                metrics[f"{prefix}_f1"] = _mean([row["f1"] for row in chosen])
+    if suite.capitals:
+        rows = _part(folder / "capitals.jsonl", lambda: _capitals(suite, answers))
+        metrics["capitals"] = _share([row["cem"] for row in rows])
+        sequences = [
+            encode(processor, [("user", row["text"]), ("assistant", row["prediction"])])
+            for _, row in read_jsonl(base_folder / "capitals.jsonl")
+            if row["prediction"]
+        ]
+        rows = _part(folder / "drift_chat.jsonl", lambda: drift(sequences, "drift on chat"))
+        metrics["kl_chat"] = _mean([row["kl"] for row in rows])
+    if suite.texts:
+        passages = encode_texts(processor, suite.texts, suite.text_tokens)
+        rows = _part(folder / "drift_text.jsonl", lambda: drift(passages, "held-out text"))
+        metrics["wikipedia_loss"] = _mean([row["loss"] for row in rows])
+        metrics["kl_text"] = _mean([row["kl"] for row in rows])
+    if suite.pictures:
+        rows = _part(folder / "pictures.jsonl", lambda: _pictures(model, processor, suite, progress))
+        metrics["picture_naming"] = _share([row["chosen"] == row["name"] for row in rows])
+        described = suite.pictures[: suite.drift_pictures]
+        prompts = [Prompt(picture_prompts()[0], picture.path) for picture in described]
+        if described:
+            rows = _part(
+                folder / "descriptions.jsonl",
+                lambda: [
+                    {"id": picture.id, "text": prompt.text, "prediction": answer}
+                    for picture, prompt, answer in zip(
+                        described, prompts, answers(prompts, "describe pictures"), strict=True
+                    )
+                ],
+            )
+            told = {row["id"]: row["prediction"] for _, row in read_jsonl(base_folder / "descriptions.jsonl")}
+            shown = [
+                encode(
+                    processor,
+                    [("user", f"<image>\n{prompt.text}"), ("assistant", told[picture.id])],
+                    [picture.path],
+                )
+                for picture, prompt in zip(described, prompts, strict=True)
+                if told.get(picture.id)
+            ]
+            rows = _part(folder / "drift_pictures.jsonl", lambda: drift(shown, "drift on pictures"))
+            metrics["kl_picture"] = _mean([row["kl"] for row in rows])
+    return metrics
+
+
+def encode_texts(processor: Any, texts: Sequence[Text], max_tokens: int) -> list[Encoded]:
+    """Passages as token sequences, every token counted as an answer (its prediction is what is measured)."""
+    tokenizer = tokenizer_of(processor)
+    encoded = []
+    for text in texts:
+        ids = torch.tensor(tokenizer(text.text, add_special_tokens=False)["input_ids"][:max_tokens])
+        if len(ids) > 1:
+            encoded.append(Encoded(ids, torch.full_like(ids, ANSWER, dtype=torch.int8), None))
+    return encoded
+
+
+def sample(values: Sequence[Any], count: int | None, seed: int) -> list[Any]:
+    """``count`` of the values in their order, chosen by seed; all for None."""
+    if count is None or count >= len(values):
+        return list(values)
+    chosen = sorted(random.Random(f"sample {seed}").sample(range(len(values)), count))
+    return [values[i] for i in chosen]
+
+
+def _part(path: Path, measure: Callable[[], list[Row]]) -> list[Row]:
+    if not path.exists():
+        write_jsonl(path, measure())
+    return [row for _, row in read_jsonl(path)]
+
+
+def _questions(suite: Suite, answers: Callable[[Sequence[Prompt], str], list[str]]) -> list[Row]:
+    prompts = [Prompt(q.text, inside(suite.image_root, q.image)) for q in suite.questions]
+    return [
+        {
+            "question_id": question.question_id,
+            "type": question.type,
+            "form": question.form,
+            "text": question.text,
+            "answer": question.answer,
+            "prediction": prediction,
+            "cem": cover_exact_match(prediction, question.answer),
+            "f1": token_f1(prediction, question.answer),
+        }
+        for question, prediction in zip(suite.questions, answers(prompts, "new knowledge"), strict=True)
+    ]
+
+
+def _capitals(suite: Suite, answers: Callable[[Sequence[Prompt], str], list[str]]) -> list[Row]:
+    prompts = [Prompt(question.text) for question in suite.capitals]
+    return [
+        {
+            "id": question.id,
+            "text": question.text,
+            "answer": question.answer,
+            "prediction": prediction,
+            "cem": cover_exact_match(prediction, question.answer),
+        }
+        for question, prediction in zip(suite.capitals, answers(prompts, "capitals"), strict=True)
+    ]
+
+
+def _pictures(model: nn.Module, processor: Any, suite: Suite, progress: Progress) -> list[Row]:
+    paths, choices = [p.path for p in suite.pictures], [p.choices for p in suite.pictures]
+    shown = progress(range(len(paths)), len(paths), "name pictures")
+
+    def advance(done: int) -> None:
+        for _ in range(done):
+            next(shown, None)
+
+    scores = score_choices(model, processor, paths, choices, bfloat16=suite.bf16, progress=advance)
+    return [
+        {
+            "id": picture.id,
+            "name": picture.name,
+            "chosen": picture.choices[max(range(len(row)), key=row.__getitem__)],
+            "scores": dict(zip(picture.choices, row, strict=True)),
+        }
+        for picture, row in zip(suite.pictures, scores, strict=True)
+    ]
+
+
+def _share(hits: Sequence[bool]) -> Metric:
+    low, high = wilson_interval(sum(hits), len(hits))
+    return {"value": sum(hits) / len(hits), "low": low, "high": high, "count": len(hits)}
+
+
+def _mean(values: Sequence[float]) -> Metric:
+    mean = sum(values) / len(values)
+    low, high = mean_interval(values) if len(values) > 1 else (mean, mean)
+    return {"value": mean, "low": low, "high": high, "count": len(values)}

@@ -1,0 +1,55 @@
+"""Loading a vision-language or language model with its processor, from a folder or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kore_fast.errors import KoreError
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' notes on every weight that it reads out of the terminal; errors still show."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_processor(path: str | Path) -> Any:
+    """The model's processor, or its tokenizer where it has no pictures."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    try:
+        return AutoProcessor.from_pretrained(str(path))
+    except (OSError, ValueError, ImportError):
+        return AutoTokenizer.from_pretrained(str(path))
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model in evaluation mode, its gradients off: an image-text model where the folder holds one, else a text one.
+
+    Raises:
+        KoreError: no such folder, or not a model; names it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+        family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        model = family.from_pretrained(str(path), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise KoreError(f"{path}: cannot load a model from here ({error})") from None
+    return model.eval().requires_grad_(False)
+
+
+def preferred_precision() -> torch.dtype:
+    """bfloat16 where the machine computes in it (a GPU, or a CPU with AVX512-BF16 or AMX), else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    fast = "AVX512" in capabilities and bool(torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast or bool(torch.cpu._is_amx_tile_supported()) else torch.float32

@@ -1,0 +1,77 @@
+"""One progress bar at a time, with the time left in the step and in the whole run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import Protocol, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Shows how far a piece of work is."""
+
+    def __call__(self, items: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
+        """Pass ``items`` on, showing how many of ``total`` are done."""
+        ...
+
+
+def silent(items: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
+    """A `Progress` that shows nothing."""
+    yield from items
+
+
+def bar(items: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
+    """A `Progress` on standard error; where that is no terminal, a line now and then."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    yield from tqdm(items, total=total, desc=label, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+
+
+class RunClock:
+    """Time left in a run of several steps, from rough costs that the finished steps correct."""
+
+    def __init__(self, costs: dict[str, float]) -> None:
+        self._costs = dict(costs)
+        self._spent = 0.0
+        self._foreseen = 0.0
+
+    def left(self) -> float:
+        """Seconds that the steps not yet finished should take."""
+        # The prior weighs as much as one minute of measured work.
+        speed = (self._spent + 60) / (self._foreseen + 60)
+        return speed * sum(self._costs.values())
+
+    def skip(self, step: str) -> None:
+        """The step is done already and costs nothing."""
+        self._costs.pop(step, None)
+
+    def timed(self, step: str) -> _Timed:
+        """A context in which the step runs."""
+        return _Timed(self, step)
+
+    def finish(self, step: str, seconds: float) -> None:
+        """The step took ``seconds``."""
+        self._foreseen += self._costs.pop(step, 0.0)
+        self._spent += seconds
+
+
+class _Timed:
+    def __init__(self, clock: RunClock, step: str) -> None:
+        self.clock, self.step = clock, step
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.finish(self.step, time.monotonic() - self.start)
+
+
+def minutes(seconds: float) -> str:
+    """``"about 3 min"``, for people."""
+    return "under a minute" if seconds < 45 else f"about {max(1, round(seconds / 60))} min"

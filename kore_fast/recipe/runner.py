@@ -1,0 +1,132 @@
+"""The runner: stages that read and write files, each with a fingerprint of what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kore_fast
+from kore_fast.errors import RecipeError
+from kore_fast.files import read_json, write_json
+from kore_fast.progress import Progress, RunClock, bar, minutes
+
+STATE = "stage.json"
+# Weights and covariances are told apart by their ends and their size; hashing a 7B model in full takes a minute.
+_LARGE = 64 << 20
+_EDGE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a run: a folder that is made from files and options.
+
+    ``work`` gets the folder and a progress bar. It may be called on a folder that an earlier, killed call left
+    unfinished with the same fingerprint: what is whole there can be used.
+    """
+
+    name: str
+    """Also the folder below the run's, such as ``"train/kore"``."""
+    options: Mapping[str, Any]
+    inputs: Sequence[Path]
+    """Files and folders that it reads."""
+    work: Callable[[Path, Progress], None]
+    seconds: float = 10.0
+    """Rough cost on two cores, for the time left."""
+    produces: Sequence[str] = field(default=())
+    """Files (relative to its folder) that must be there when it is done."""
+
+    @property
+    def kind(self) -> str:
+        """``"train"`` of ``"train/kore"``."""
+        return self.name.partition("/")[0]
+
+
+def run_stages(run: Path, stages: Sequence[Stage], *, show: Progress = bar) -> None:
+    """Run stages in order. One whose inputs and options have not changed since it was done is skipped.
+
+    Raises:
+        RecipeError: an input is not there; says which stage makes it.
+    """
+    clock = RunClock({stage.name: stage.seconds for stage in stages})
+    for number, stage in enumerate(stages, start=1):
+        head = f"[{number}/{len(stages)}] {stage.name}"
+        fingerprint = _fingerprint(run, stage)
+        folder = run / stage.name
+        state = _state(folder)
+        if state.get("fingerprint") == fingerprint and state.get("done"):
+            clock.skip(stage.name)
+            changed = [name for name, digest in state["files"].items() if _digest(folder / name) != digest]
+            missing = [name for name in changed if not (folder / name).exists()]
+            if not missing:
+                note = f", {changed[0]} was replaced by hand: kept" if changed else ""
+                _say(f"{head}: nothing changed{note}")
+                continue
+        if state.get("fingerprint") != fingerprint:
+            shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": False})
+        _say(f"{head}: {minutes(clock.left())} left in all")
+        with clock.timed(stage.name):
+            stage.work(folder, show)
+        lacking = [name for name in stage.produces if not (folder / name).exists()]
+        assert not lacking, f"{stage.name} did not write {lacking}"
+        files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        files.pop(STATE)
+        done = {"stage": stage.name, "fingerprint": fingerprint, "done": True, "files": files}
+        write_json(folder / STATE, done)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state = read_json(folder / STATE)
+    except Exception:
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _fingerprint(run: Path, stage: Stage) -> str:
+    inputs = {}
+    for path in stage.inputs:
+        if not path.exists():
+            maker = path.relative_to(run).parts[0] if path.is_relative_to(run) else None
+            hint = f"make it with `kore-fast {maker}`" if maker else "check the recipe's path"
+            raise RecipeError(f"{stage.name}: {path} is not there; {hint}")
+        inputs[os.path.relpath(path, run)] = _folder_digest(path) if path.is_dir() else _digest(path)
+    content = {
+        "stage": stage.name,
+        "kore_fast": kore_fast.__version__,
+        "options": stage.options,
+        # The path of an input outside the run is where this machine has it, not what it is.
+        "inputs": {name if not name.startswith("..") else Path(name).name: digest for name, digest in inputs.items()},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """Hex SHA-256 of a file; of a file above 64 MiB, of its size, first and last MiB."""
+    if not path.is_file():
+        return ""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size > _LARGE:
+            digest.update(file.read(_EDGE))
+            file.seek(-_EDGE, os.SEEK_END)
+        while block := file.read(_EDGE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != STATE)
+    return hashlib.sha256("".join(f"{p.relative_to(folder)}:{_digest(p)}\n" for p in files).encode()).hexdigest()

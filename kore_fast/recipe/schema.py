@@ -1,0 +1,296 @@
+"""A recipe's schema. Unknown keys are refused, with the nearest known one; paths are relative to the recipe's file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kore_fast.augmentation import AugmentationOptions
+from kore_fast.errors import ConstraintError, RecipeError
+
+_BASE_FOLDER = "base_folder"
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 2e-4 as a string.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    path: str
+    """A folder, or a hub name."""
+    build: Path | None = None
+    """A Python file that makes the folder when it is missing or stale; called with ``--output <path>``."""
+
+
+class OldKnowledge(Section):
+    """Where old knowledge comes from, to calibrate on and (held out) to measure retention on."""
+
+    texts: Path | None = None
+    """JSON lines of title and text, or a JSON object from title to extract; split by title."""
+    pictures: Path | None = None
+    """JSON lines of id, image and name, to calibrate on."""
+    held_out_pictures: Path | None = None
+    """The same with choices, to measure on."""
+
+
+class CalibrationSource(Section):
+    """Samples of one kind of old knowledge for the covariance."""
+
+    kind: Literal["text", "chat", "pictures"]
+    """``text``: passages. ``chat``: questions with the model's own answers. ``pictures``: pictures with their names."""
+    samples: Count = 128
+    max_tokens: Count = 128
+    """Of a text, or of a generated answer."""
+    weight: Annotated[Number, Field(ge=0)] = 1.0
+    """Of this source in the mix, see `CovarianceStore.covariance`."""
+    positions: dict[Literal["prompt", "picture", "answer"], Annotated[Number, Field(ge=0)]] = {}
+    """Weight of a position by what it is; default 1."""
+
+
+class CovarianceSection(Section):
+    """What old knowledge the null space is computed from."""
+
+    sources: dict[str, CalibrationSource]
+    batch_size: Count = 16
+    memory_limit: Count | None = None
+    """Bytes for accumulators; see `collect_covariance`."""
+    target_modules: str | list[str] | None = None
+
+
+class Method(Section):
+    """One way to train: what is trained, from where, on what."""
+
+    kind: Literal["lora", "kore", "full"]
+    learning_rate: Positive
+    rank: Count | None = None
+    alpha: Positive | None = None
+    """LoRA only; default the rank, a scaling of 1."""
+    freeze_a: bool | None = None
+    """Default: KORE yes, LoRA no. LoRA with a frozen random A and KORE with a trained A are the ablations."""
+    samples: Literal["augmented", "knowledge"] = "augmented"
+    """``knowledge``: the items' raw text, one question each, without augmentation."""
+    lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    projector_learning_rate: Positive | None = None
+    """Train the multimodal projector too, in full, with this learning rate (the paper: 2e-5)."""
+    steps: Count | None = None
+    """Default: training.steps."""
+
+    @property
+    def frozen_a(self) -> bool:
+        return self.kind == "kore" if self.freeze_a is None else self.freeze_a
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Method:
+        from kore_fast.modules.adapter import refuse_dropout, refuse_weight_decay
+
+        if self.kind == "full":
+            given = [n for n in ("rank", "alpha", "freeze_a") if getattr(self, n) is not None]
+            if given:
+                raise ValueError(f"{given[0]!r} means nothing for full fine-tuning; leave it out")
+        elif self.rank is None:
+            raise ValueError(f"kind {self.kind!r} needs a rank")
+        if self.kind == "kore":
+            if self.alpha is not None:
+                raise ValueError("alpha is LoRA's; KORE's scaling is 1")
+            try:
+                refuse_dropout(self.lora_dropout)
+                refuse_weight_decay(self.weight_decay)
+            except ConstraintError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+
+class TrainingSection(Section):
+    """Settings that all methods share."""
+
+    steps: Count
+    batch_size: Count = 8
+    accumulation: Count = 1
+    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """``auto``: bfloat16 where the machine computes in it."""
+    checkpoint_every: Count = 25
+
+
+class EvaluationSection(Section):
+    """What is measured on every method and on the base."""
+
+    seed: int = 0
+    """Chooses the held-out texts and questions; apart from the run's seed, so that seeds are measured on the same."""
+    batch_size: Count = 32
+    max_new_tokens: Count = 32
+    questions: Count | None = None
+    """Of the held-out questions, at most so many; default all."""
+    capitals: bool = True
+    texts: Annotated[int, Field(ge=0)] = 128
+    """Held-out passages for loss and drift."""
+    text_tokens: Count = 128
+    pictures: Annotated[int, Field(ge=0)] = 200
+    """Held-out pictures to name."""
+    drift_pictures: Annotated[int, Field(ge=0)] = 64
+
+
+class Recipe(Section):
+    """Everything that a run needs to know."""
+
+    name: str
+    title: str = ""
+    seed: int = 0
+    model: ModelSection
+    items: Path
+    augmentation: AugmentationOptions = AugmentationOptions()
+    old_knowledge: OldKnowledge = OldKnowledge()
+    covariance: CovarianceSection | None = None
+    methods: dict[str, Method]
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+    base_folder: Path
+    """The recipe's own folder; set when it is loaded."""
+
+    def resolve(self, path: Path | str) -> Path:
+        """A path of the recipe, relative to its folder."""
+        return (self.base_folder / path).resolve()
+
+    def model_path(self) -> str:
+        """The model's folder, or its hub name."""
+        folder = self.resolve(self.model.path)
+        return str(folder) if self.model.build or folder.exists() else self.model.path
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for name, method in self.methods.items():
+            if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"method {name!r}: name it with letters, digits, '-', '_' ('base' is taken)")
+            if method.kind == "kore" and self.covariance is None:
+                raise ValueError(f"method {name!r} needs covariances: add a 'covariance' section")
+        if self.covariance is not None:
+            needs = {"text": "texts", "chat": "texts", "pictures": "pictures"}
+            for name, source in self.covariance.sources.items():
+                if getattr(self.old_knowledge, needs[source.kind]) is None:
+                    raise ValueError(f"covariance source {name!r} needs old_knowledge.{needs[source.kind]}")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read a recipe: a YAML file, or a folder with ``recipe.yaml``.
+
+    ``extends: other.yaml`` starts from another recipe and changes what is given; a method set to null is dropped.
+
+    Args:
+        overrides: dotted key → YAML value, as from ``--set training.steps=20``.
+
+    Raises:
+        RecipeError: names the file, the key, and for a misspelt one the nearest known.
+    """
+    path = Path(path)
+    file = path / "recipe.yaml" if path.is_dir() else path
+    values = _read(file, ())
+    for key, text in (overrides or {}).items():
+        _override(values, key, text, file)
+    values["methods"] = {name: method for name, method in (values.get("methods") or {}).items() if method is not None}
+    values[_BASE_FOLDER] = file.parent.resolve()
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(file, error)) from None
+
+
+def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{file}: no such recipe; give a YAML file or a folder with recipe.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: not valid YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file}: want keys and values, found {type(values).__name__}")
+    if _BASE_FOLDER in values:
+        raise RecipeError(f"{file}: {_BASE_FOLDER} is set by the file's place, not in it")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    parent_file = (file.parent / str(parent)).resolve()
+    if parent_file in seen:
+        raise RecipeError(f"{file}: extends {parent}, which extends it in turn")
+    if parent_file.parent != file.parent.resolve():
+        raise RecipeError(f"{file}: extends {parent} in another folder; relative paths would lose their meaning")
+    return _merge(_read(parent_file, (*seen, file.resolve())), values)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(values: dict[str, Any], key: str, text: str, file: Path) -> None:
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"--set {key}: {parent} is not a section of {file}")
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}={text}: not a YAML value ({error})") from None
+
+
+def _explain(file: Path, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+            lines.append(f"{place}: unknown key; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{place}: missing")
+        else:
+            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r:.60})")
+    return f"{file}: " + "; ".join(lines)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at ``location``."""
+    section: Any = Recipe
+    for part in location:
+        fields = getattr(section, "model_fields", {})
+        if part in fields:
+            section = next((t for t in _models_in(fields[part].annotation)), None)
+        # else: a key of a dictionary of sections, whose type was found one step before.
+    return [name for name in getattr(section, "model_fields", {}) if name != _BASE_FOLDER]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]

@@ -1,0 +1,226 @@
+"""The loop: transformers' Trainer over a fixed order of batches, resumable to the bit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kore_fast.data.conversations import IGNORE, ConversationDataset, Encoded, collate, tokenizer_of, training_order
+from kore_fast.errors import ConstraintError
+from kore_fast.files import write_text
+from kore_fast.modules.adapter import KorePeftModel, check_lora_a, refuse_weight_decay
+from kore_fast.progress import Progress, silent
+
+LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """One run's settings: AdamW, a cosine schedule after a linear warm-up, gradients clipped at norm 1."""
+
+    learning_rate: float
+    steps: int
+    batch_size: int = 8
+    accumulation: int = 1
+    """Batches whose gradients are summed before a step."""
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    seed: int = 0
+    bf16: bool = False
+    """Compute in bfloat16 under autocast; weights and their updates stay as they are loaded."""
+    checkpoint_every: int = 25
+    projector_learning_rate: float | None = None
+    """Learning rate of modules trained in full beside an adapter (PEFT's ``modules_to_save``); default the same."""
+
+
+class _Trainer(Trainer):
+    """What Trainer leaves to a subclass: our order of batches, loss over answers only, A as it was when resuming."""
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs.pop("labels")
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        # The head is a fifth of a small model's work: leave it out where no row of the batch has an answer.
+        wanted = (targets != IGNORE).any(dim=0).nonzero().squeeze(-1)
+        outputs = model(**inputs, logits_to_keep=wanted)
+        logits, targets = outputs.logits.flatten(0, 1).float(), targets[:, wanted].flatten()
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()
+        loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / count
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        rate = self.options.projector_learning_rate
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if rate is not None:
+            whole = {id(p) for n, p in self.model.named_parameters() if "modules_to_save" in n or "projector" in n}
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if id(p) in whole]
+                if moved:
+                    group["params"] = [p for p in group["params"] if id(p) not in whole]
+                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Trainer would load a second adapter over the first and make A trainable again.
+        set_peft_model_state_dict(self.model, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
+        if isinstance(self.model, KorePeftModel):
+            check_lora_a(self.model)
+
+    options: TrainingOptions
+
+
+class _ShowSteps(TrainerCallback):
+    """Feeds Trainer's steps to a progress bar and stops with the layer's name when the loss is no number."""
+
+    def __init__(self, progress: Progress, steps: int, label: str) -> None:
+        self._shown = iter(progress(range(steps), steps, label))
+        self._at = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        while self._at < state.global_step:
+            next(self._shown, None)
+            self._at += 1
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        next(self._shown, None)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not torch.isfinite(torch.tensor(loss)):
+            raise ConstraintError(
+                f"the loss is {loss} at step {state.global_step}: lower the learning rate ({args.learning_rate}) or "
+                "train in float32; checkpoints before this step are kept"
+            )
+
+
+def train(
+    model: nn.Module,
+    dataset: ConversationDataset,
+    options: TrainingOptions,
+    folder: str | Path,
+    *,
+    progress: Progress = silent,
+    label: str = "train",
+) -> list[dict[str, Any]]:
+    """Train the parameters of ``model`` that require gradients, in place.
+
+    ``folder`` holds checkpoints while it runs; the same call after a kill continues from the last whole one and ends
+    with the same weights as a run that was not killed (same machine, same number of threads).
+
+    Args:
+        model: a PEFT model (LoRA or KORE) or a plain one whose parameters to train require gradients.
+        dataset: what to train on; its order is set here from the seed.
+
+    Returns:
+        The loss log: a row of `LOSS_COLUMNS` every few steps.
+
+    Raises:
+        ConstraintError: weight decay on a KORE adapter; A changed; a loss that is no number.
+    """
+    folder = Path(folder)
+    if isinstance(model, KorePeftModel):
+        refuse_weight_decay(options.weight_decay)
+        check_lora_a(model)
+    lengths = dataset.lengths()
+    per_step = options.batch_size * options.accumulation
+    order = training_order(lengths, options.batch_size, options.steps * options.accumulation, options.seed)
+    dataset.order = [index for batch in order for index in batch]
+    pad = tokenizer_of(dataset.processor).pad_token_id
+
+    def collator(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        return collate(batch, pad, labels=True)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        num_train_epochs=1,
+        max_steps=options.steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(options.warmup_ratio * options.steps)),
+        weight_decay=options.weight_decay,
+        bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=options.seed,
+        save_steps=options.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=max(1, min(5, options.steps // 10)),
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[_ShowSteps(progress, options.steps, label)],
+    )
+    trainer.options = options
+    # Trainer prints each log line; the bar and the loss log are enough.
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    if isinstance(model, KorePeftModel):
+        check_lora_a(model)
+    model.eval()
+    epochs = per_step / max(1, len(lengths))
+    return [
+        {"step": row["step"], "epoch": round(row["step"] * epochs, 4), **{c: row.get(c) for c in LOSS_COLUMNS[2:]}}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; broken ones are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    while found:
+        newest = found.pop()
+        try:
+            # Trainer writes this file last.
+            state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+            if state["global_step"] == int(newest.name.rpartition("-")[2]):
+                return str(newest)
+        except (OSError, ValueError, KeyError):
+            pass
+        shutil.rmtree(newest)
+    return None
+
+
+def write_loss(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the loss log as CSV."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, LOSS_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, out.getvalue())
