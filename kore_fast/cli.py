@@ -83,22 +83,14 @@ def _run(options: argparse.Namespace) -> int:
         stages = [s for s in stages if s.kind == options.command and (method is None or s.name.endswith(f"/{method}"))]
     run_stages(run, stages)
     if stages[-1].kind == "report":
-        from kore_fast.report import terminal_table
+        from kore_fast.report import load_lines, terminal_table
 
         print(f"\n{terminal_table(run)}\n\nThe report: {run / 'report' / 'report.html'}")
-        print(_how_to_load(recipe.model_path(), run, [n for n, m in recipe.methods.items() if m.kind == "kore"]))
+        for name in [name for name, method in recipe.methods.items() if method.kind == "kore"][:1]:
+            print("\nThe adapter is an ordinary one. In plain PEFT, without kore_fast:\n")
+            for line in load_lines(run / "train" / name / "adapter", recipe.model_path()):
+                print(f"    {line}")
     return 0
-
-
-def _how_to_load(model: str, run: Path, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    return (
-        "\nThe adapter is an ordinary one. In plain PEFT, without kore_fast:\n\n"
-        "    from peft import PeftModel; from transformers import AutoModelForImageTextToText\n"
-        f'    base = AutoModelForImageTextToText.from_pretrained("{model}")\n'
-        f'    model = PeftModel.from_pretrained(base, "{run / "train" / names[0] / "adapter"}")'
-    )
 
 
 def _env() -> int:

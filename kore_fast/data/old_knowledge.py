@@ -107,8 +107,7 @@ def _countries() -> list[dict[str, Any]]:
 
 
 def capital_questions() -> list[PlainQuestion]:
-    """ "What is the capital of …?" for countries of more than 250,000 people whose name does not give it away (GeoNames,
-    CC BY 4.0)."""
+    """Capitals of the countries of more than 250,000 people whose name does not give it away (GeoNames, CC BY 4.0)."""
     return [
         PlainQuestion(country["iso3"], f"What is the capital of {country['name']}?", country["capital"])
         for country in _countries()

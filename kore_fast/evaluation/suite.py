@@ -22,7 +22,7 @@ from kore_fast.files import inside, read_jsonl, write_jsonl
 from kore_fast.progress import Progress, silent
 
 Row = dict[str, Any]
-Metric = dict[str, float | int]
+Metric = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
@@ -221,5 +221,5 @@ def _share(hits: Sequence[bool]) -> Metric:
 
 def _mean(values: Sequence[float]) -> Metric:
     mean = sum(values) / len(values)
-    low, high = mean_interval(values) if len(values) > 1 else (mean, mean)
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
     return {"value": mean, "low": low, "high": high, "count": len(values)}

@@ -160,6 +160,8 @@ class Recipe(Section):
 
     name: str
     title: str = ""
+    note: str = ""
+    """What a reader of the report should know about this recipe's limits."""
     seed: int = 0
     model: ModelSection
     items: Path

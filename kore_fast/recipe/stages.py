@@ -119,7 +119,7 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
     stages.append(
         Stage(
             "report",
-            options={"title": recipe.title or recipe.name},
+            options={"title": recipe.title or recipe.name, "note": recipe.note, "model": recipe.model_path()},
             inputs=[*evaluated, *made],
             work=lambda folder, progress: report_stage(recipe, run),
             produces=("report.html", "results.csv"),
@@ -469,7 +469,7 @@ def report_stage(recipe: Recipe, run: Path) -> None:
     """Everything above → report/."""
     from kore_fast.report import build_report
 
-    build_report(run, title=recipe.title or recipe.name)
+    build_report(run, title=recipe.title or recipe.name, base_model=recipe.model_path(), note=recipe.note)
 
 
 def _load_adapter(model: nn.Module, folder: Path, *, is_trainable: bool = False) -> nn.Module:

@@ -1,0 +1,43 @@
+# make quickstart: the whole flow on a real model, on a CPU.  make test: the test suite.  make help: the rest.
+# Both make the virtual environment first, if it is not there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The torch that this release is tested with; make TORCH=... for another. A CPU build is enough.
+TORCH ?= 2.13.0
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart quickstart-short test test-all lint format install clean help
+
+help:
+	@sed -n 's/^# //p' Makefile; echo; echo "targets: quickstart quickstart-short test test-all lint format install clean"
+
+$(STAMP): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+install: $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/kore-fast run recipes/quickstart
+
+quickstart-short: $(STAMP)
+	$(BIN)/kore-fast run recipes/quickstart/short.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m ""
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

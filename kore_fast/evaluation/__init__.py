@@ -1,0 +1,1 @@
+"""Adaptation, retention and drift: what a trained model learned and what it kept."""
