@@ -81,6 +81,9 @@ def _run(options: argparse.Namespace) -> int:
         if method is not None and method not in (*recipe.methods, BASE):
             raise RecipeError(f"--method {method}: the recipe has {', '.join(recipe.methods)}")
         stages = [s for s in stages if s.kind == options.command and (method is None or s.name.endswith(f"/{method}"))]
+    if not stages:
+        reason = f"method {method!r} has none" if getattr(options, "method", None) else "the recipe has none"
+        raise RecipeError(f"nothing to do for `kore-fast {options.command}`: {reason}")
     run_stages(run, stages)
     if stages[-1].kind == "report":
         from kore_fast.report import load_lines, terminal_table

@@ -24,8 +24,16 @@ Batch = Mapping[str, Any]
 class _Inputs:
     """Forward pre-hooks that tell distinct inputs apart by tensor identity, and accumulate a covariance of each."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[str], leaders: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        leaders: Mapping[str, str] | None = None,
+        wave: Iterable[str] = (),
+    ) -> None:
         self.leaders: dict[str, str] = {}
+        # Layers outside the wave are watched too: what is read between two layers decides whether they share.
+        self._wave = set(wave)
         self.C: dict[str, torch.Tensor] = {}
         self.count: dict[str, torch.Tensor] = {}
         self._known = leaders
@@ -61,7 +69,7 @@ class _Inputs:
                 )
             if not shared:
                 self._last, self._last_leader = x, name
-                if self._known is not None:
+                if name in self._wave:
                     self._update(name, x)
 
         return before_forward
@@ -156,7 +164,7 @@ def collect_covariance(
     finally:
         model.train(training)
     store = CovarianceStore(
-        model=model_fingerprint(model, layers),
+        model=model_fingerprint(model, [name for members in groups.values() for name in members]),
         groups=groups,
         widths=widths,
         sources={source: dict(about or {})},
@@ -190,8 +198,8 @@ def _accumulate(
     wave: Sequence[str],
     device: torch.device,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    leaders = {name: group for group in wave for name in groups[group]}
-    inputs = _Inputs(model, leaders, leaders)
+    leaders = {name: group for group, members in groups.items() for name in members}
+    inputs = _Inputs(model, leaders, leaders, wave)
     try:
         for batch in batches:
             inputs.run(model, batch, device)

@@ -28,8 +28,14 @@ class _Saved:
     key: str
 
     def read(self) -> torch.Tensor:
-        with safe_open(str(self.path), framework="pt") as file:
-            return file.get_tensor(self.key)
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                return file.get_tensor(self.key)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"{self.path}: the sum {self.key} cannot be read any more ({error}); the file changed after it was "
+                "opened: collect it again"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,9 @@ class CovarianceStore:
         unknown = sorted(set(weights) - set(self.sources))
         if unknown:
             raise StoreError(f"source weights name {unknown}; the store has {sorted(self.sources)}")
+        weights = {**dict.fromkeys(self.sources, 1.0), **weights}
         chosen = {source: float(weight) for source, weight in weights.items() if weight > 0}
-        if not chosen or min(weights.values()) < 0:
+        if not chosen or not min(weights.values()) >= 0:
             raise StoreError(f"source weights {dict(weights)}: want none below zero and at least one above")
         return chosen
 

@@ -59,7 +59,8 @@ def name_phrase(name: str) -> str:
         return f"the {name}"
     if last.endswith("s") and not last.endswith(("ss", "us", "is")):
         return name
-    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+    vowel = name[0].lower() in "aeiou" and not name.lower().startswith(("uni", "use", "eu", "one"))
+    return f"{'an' if vowel else 'a'} {name}"
 
 
 def score_choices(

@@ -52,7 +52,8 @@ def run_stages(run: Path, stages: Sequence[Stage], *, show: Progress = bar) -> N
     """Run stages in order. One whose inputs and options have not changed since it was done is skipped.
 
     Raises:
-        RecipeError: an input is not there; says which stage makes it.
+        RecipeError: an input is not there or not finished; says which stage makes it. A stage's folder holds files that
+            no stage wrote: they would be lost.
     """
     clock = RunClock({stage.name: stage.seconds for stage in stages})
     for number, stage in enumerate(stages, start=1):
@@ -69,7 +70,7 @@ def run_stages(run: Path, stages: Sequence[Stage], *, show: Progress = bar) -> N
                 _say(f"{head}: nothing changed{note}")
                 continue
         if state.get("fingerprint") != fingerprint:
-            shutil.rmtree(folder, ignore_errors=True)
+            _empty(folder)
         write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": False})
         _say(f"{head}: {minutes(clock.left())} left in all")
         with clock.timed(stage.name):
@@ -94,20 +95,38 @@ def _state(folder: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
+def _empty(folder: Path) -> None:
+    """Remove what an earlier run of a stage left; the state file last, so that a kill leaves the folder known as ours."""
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    if found and not (folder / STATE).is_file():
+        raise RecipeError(
+            f"{folder} holds files that kore-fast did not write ({found[0].name}): move them away or choose another "
+            "folder with --run"
+        )
+    for path in sorted(found, key=lambda path: path.name == STATE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _fingerprint(run: Path, stage: Stage) -> str:
-    inputs = {}
+    inputs = []
     for path in stage.inputs:
+        inside = path.is_relative_to(run)
+        hint = f"make it with `kore-fast {path.relative_to(run).parts[0]}`" if inside else "check the recipe's path"
         if not path.exists():
-            maker = path.relative_to(run).parts[0] if path.is_relative_to(run) else None
-            hint = f"make it with `kore-fast {maker}`" if maker else "check the recipe's path"
             raise RecipeError(f"{stage.name}: {path} is not there; {hint}")
-        inputs[os.path.relpath(path, run)] = _folder_digest(path) if path.is_dir() else _digest(path)
+        if inside and not _state(path if path.is_dir() else path.parent).get("done", True):
+            raise RecipeError(f"{stage.name}: {path} is not finished; {hint}")
+        # The path of an input outside the run is where this machine has it, not what it is.
+        name = str(path.relative_to(run)) if inside else path.name
+        inputs.append([name, _folder_digest(path) if path.is_dir() else _digest(path)])
     content = {
         "stage": stage.name,
         "kore_fast": kore_fast.__version__,
         "options": stage.options,
-        # The path of an input outside the run is where this machine has it, not what it is.
-        "inputs": {name if not name.startswith("..") else Path(name).name: digest for name, digest in inputs.items()},
+        "inputs": inputs,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -99,6 +99,8 @@ class Method(Section):
     """Train the multimodal projector too, in full, with this learning rate (the paper: 2e-5)."""
     steps: Count | None = None
     """Default: training.steps."""
+    seed: int | None = None
+    """Of a random A and of the order of samples; default the recipe's."""
 
     @property
     def frozen_a(self) -> bool:

@@ -113,8 +113,8 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
     evaluated = [run / "evaluate" / method_name for method_name in (BASE, *recipe.methods)]
     stages.append(_evaluate_stage(recipe, run, BASE, None, models))
     stages += [_evaluate_stage(recipe, run, n, m, models) for n, m in recipe.methods.items()]
-    started = [name for name, method in recipe.methods.items() if method.kind != "full"]
-    made = [run / "init" / name / "leak.csv" for name in started]
+    started = {start_of(recipe, name) for name, method in recipe.methods.items() if method.kind != "full"}
+    made = [run / "init" / name / "leak.csv" for name in sorted(started)]
     made += [run / "train" / name / "loss.csv" for name in recipe.methods]
     stages.append(
         Stage(
@@ -133,13 +133,11 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
 def _method_stages(
     recipe: Recipe, run: Path, name: str, method: Method, models: list[Path], covariances: list[Path]
 ) -> Iterator[Stage]:
-    init = run / "init" / name
+    init = run / "init" / start_of(recipe, name)
     steps = method.steps or recipe.training.steps
-    shared = {"seed": recipe.seed, "model": recipe.model_path() if not models else ""}
-    if method.kind != "full":
-        chosen = method.model_dump(
-            mode="json", include={"kind", "rank", "alpha", "freeze_a", "lora_dropout", "projector_learning_rate"}
-        )
+    shared = {"seed": _seed(recipe, method), "model": recipe.model_path() if not models else ""}
+    if method.kind != "full" and start_of(recipe, name) == name:
+        chosen = _start_options(recipe, method)
         weights = recipe.covariance and {n: s.weight for n, s in recipe.covariance.sources.items()}
         yield Stage(
             f"init/{name}",
@@ -350,7 +348,7 @@ def _lora_start(recipe: Recipe, method: Method, model: nn.Module) -> PeftModel:
         target_modules=target_pattern(names, [name for name, _ in model.named_modules()]),
         modules_to_save=_trained_whole(method),
     )
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(_seed(recipe, method))
     adapted = get_peft_model(model, config)
     if not method.frozen_a:
         return adapted
@@ -372,7 +370,7 @@ def train_stage(recipe: Recipe, run: Path, name: str, method: Method, folder: Pa
     if method.kind == "full":
         model = _unfreeze(model, projector=method.projector_learning_rate is not None)
     else:
-        model = _load_adapter(model, run / "init" / name, is_trainable=True)
+        model = _load_adapter(model, run / "init" / start_of(recipe, name), is_trainable=True)
     options = TrainingOptions(
         learning_rate=method.learning_rate,
         steps=method.steps or recipe.training.steps,
@@ -380,7 +378,7 @@ def train_stage(recipe: Recipe, run: Path, name: str, method: Method, folder: Pa
         accumulation=recipe.training.accumulation,
         warmup_ratio=recipe.training.warmup_ratio,
         weight_decay=method.weight_decay,
-        seed=recipe.seed,
+        seed=_seed(recipe, method),
         bf16=_bf16(recipe),
         checkpoint_every=recipe.training.checkpoint_every,
         projector_learning_rate=method.projector_learning_rate,
@@ -457,7 +455,7 @@ def evaluate_stage(
         {
             "method": name,
             "kind": BASE if method is None else method.kind,
-            "seed": recipe.seed,
+            "seed": recipe.seed if method is None else _seed(recipe, method),
             "trained_parameters": settings.pop("trained_parameters", 0),
             "settings": settings,
             "metrics": metrics,
@@ -493,6 +491,24 @@ def _unfreeze(model: nn.Module, *, projector: bool) -> nn.Module:
             if "multi_modal_projector" in name:
                 parameter.requires_grad_(True)
     return model
+
+
+def start_of(recipe: Recipe, name: str) -> str:
+    """The method whose start ``name`` trains from: the first with the same options for it, so that a grid of learning
+    rates takes one solve."""
+    wanted = _start_options(recipe, recipe.methods[name])
+    return next(other for other, method in recipe.methods.items() if _start_options(recipe, method) == wanted)
+
+
+def _start_options(recipe: Recipe, method: Method) -> dict[str, Any]:
+    options = method.model_dump(mode="json", include={"kind", "rank", "alpha", "lora_dropout"})
+    # A null space has no chance in it.
+    seed = None if method.kind == "kore" else _seed(recipe, method)
+    return {**options, "frozen_a": method.frozen_a, "whole": _trained_whole(method), "seed": seed}
+
+
+def _seed(recipe: Recipe, method: Method) -> int:
+    return recipe.seed if method.seed is None else method.seed
 
 
 def _trained_whole(method: Method) -> list[str] | None:

@@ -25,6 +25,7 @@ from kore_fast.modules.adapter import KorePeftModel, check_lora_a, refuse_weight
 from kore_fast.progress import Progress, silent
 
 LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+_CHECKPOINT_FILES = ("*model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,9 @@ def train(
         seed=options.seed,
         save_steps=options.checkpoint_every,
         save_total_limit=2,
-        logging_steps=max(1, min(5, options.steps // 10)),
+        logging_steps=_log_every(options),
+        # Trainer would hide a loss that is no number behind the mean of the others.
+        logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
@@ -201,15 +204,26 @@ def train(
     ]
 
 
+def _log_every(options: TrainingOptions) -> int:
+    """Steps between rows of the loss log.
+
+    A row is the mean since the last one, and a resumed Trainer has forgotten the losses before its checkpoint: so that
+    the log does not change, a row ends at each checkpoint.
+    """
+    most = max(1, min(5, options.steps // 10))
+    return next(n for n in range(most, 0, -1) if options.checkpoint_every % n == 0)
+
+
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; broken ones are removed."""
+    """The newest checkpoint that was written to its end and not yet partly deleted; broken ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     while found:
         newest = found.pop()
         try:
             # Trainer writes this file last.
             state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-            if state["global_step"] == int(newest.name.rpartition("-")[2]):
+            whole = all(any(newest.glob(pattern)) for pattern in _CHECKPOINT_FILES)
+            if whole and state["global_step"] == int(newest.name.rpartition("-")[2]):
                 return str(newest)
         except (OSError, ValueError, KeyError):
             pass
