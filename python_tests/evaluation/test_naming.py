@@ -1,0 +1,140 @@
+"""Picture naming: the cached scoring against the plain one, the tie rule, and what a broken question file gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from kore_fast.errors import DataError
+from kore_fast.evaluation.naming import (
+    OPENING,
+    QUESTION,
+    name_phrase,
+    naming_accuracy,
+    read_naming_questions,
+    score_choices,
+)
+
+CHOICES = [["cat", "apple tree", "boots"], ["dog", "owl"], ["key"], ["flag of Peru", "glass", "red car", "pen"]]
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    colours = ["red", "green", "blue", "black"]
+    return [Image.new("RGB", (28, 28), colour) for colour in colours]
+
+
+def plain_score(model: Any, processor: Any, picture: Image.Image, name: str) -> float:
+    """One forward pass over the whole sequence, without a cache."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    before = processor(images=[picture], text=[prompt + OPENING], return_tensors="pt")
+    whole = processor(images=[picture], text=[f"{prompt}{OPENING} {name_phrase(name)}."], return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**whole).logits[0].double().log_softmax(-1)
+    tokens = whole["input_ids"][0]
+    start = before["input_ids"].shape[1]
+    return float(sum(logits[place - 1, tokens[place]] for place in range(start, len(tokens))))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_scores_equal_uncached_likelihoods(
+    tiny_model: Any, tiny_processor: Any, pictures: list[Image.Image], batch_size: int
+) -> None:
+    scores = score_choices(
+        tiny_model, tiny_processor, pictures, CHOICES, against_blank=False, batch_size=batch_size, bfloat16=False
+    )
+    for picture, names, row in zip(pictures, CHOICES, scores, strict=True):
+        expected = [plain_score(tiny_model, tiny_processor, picture, name) for name in names]
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_blank_picture_scores_zero_against_itself(tiny_model: Any, tiny_processor: Any) -> None:
+    white = Image.new("RGB", (112, 112), "white")
+    (row,) = score_choices(tiny_model, tiny_processor, [white], [["cat", "long name"]], bfloat16=False)
+    assert row == pytest.approx([0.0, 0.0], abs=1e-4)
+
+
+def test_pictures_change_the_scores(tiny_model: Any, tiny_processor: Any, pictures: list[Image.Image]) -> None:
+    first, second = score_choices(tiny_model, tiny_processor, pictures[:2], [["cat"], ["cat"]], bfloat16=False)
+    assert first != second
+
+
+def test_model_mode_comes_back_and_progress_counts(
+    tiny_model: Any, tiny_processor: Any, pictures: list[Image.Image]
+) -> None:
+    tiny_model.train()
+    finished: list[int] = []
+    score_choices(tiny_model, tiny_processor, pictures, CHOICES, batch_size=3, progress=finished.append)
+    assert tiny_model.training
+    assert finished == [3, 1]
+
+
+def test_unreadable_picture_and_missing_choices_are_named(
+    tiny_model: Any, tiny_processor: Any, tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        score_choices(tiny_model, tiny_processor, [broken], [["cat"]])
+    with pytest.raises(DataError, match="picture 1"):
+        score_choices(tiny_model, tiny_processor, pictures[:2], [["cat"], []])
+
+
+def test_naming_accuracy_counts_ties_in_part() -> None:
+    assert naming_accuracy([[1.0, 0.0], [0.0, 1.0]], [0, 0]) == 0.5
+    assert naming_accuracy([[2.0, 2.0, 2.0, 2.0]], [1]) == 0.25
+    assert naming_accuracy([[0.0, 0.0], [3.0, 1.0]], [1, 0]) == 0.75
+    with pytest.raises(ValueError, match="no pictures"):
+        naming_accuracy([], [])
+    with pytest.raises(ValueError):
+        naming_accuracy([[1.0]], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [
+        ("cat", "a cat"),
+        ("apple tree", "an apple tree"),
+        ("boots", "boots"),
+        ("glass", "a glass"),
+        ("umbrella", "an umbrella"),
+        ("unicorn", "a unicorn"),
+        ("flag of Peru", "the flag of Peru"),
+    ],
+)
+def test_name_phrase(name: str, phrase: str) -> None:
+    assert name_phrase(name) == phrase
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": ["dog", "owl"]}, "hold the name 'cat'"),
+        ({"choices": ["cat", "cat"]}, "must differ"),
+        ({"image": "images/none.png"}, "no image at"),
+        ({"image": "../cat.png"}, "leaves its folder"),
+        ({"name": None}, "expected an object"),
+    ],
+)
+def test_bad_questions_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    row = {"id": "one", "image": "cat.png", "name": "cat", "choices": ["dog", "cat"], **change}
+    row = {key: value for key, value in row.items() if value is not None}
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat.png")
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message):
+        read_naming_questions(tmp_path / "held_out.jsonl")
+
+
+def test_questions_are_read(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat.png")
+    row = {"id": "one", "image": "cat.png", "name": "cat", "choices": ["dog", "cat"], "extra": 1}
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(row) + "\n")
+    (question,) = read_naming_questions(tmp_path / "held_out.jsonl")
+    assert question.answer == 1
+    assert question.image == (tmp_path / "cat.png").resolve()
