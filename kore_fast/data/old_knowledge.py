@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kore_fast.data.images import check_image
 from kore_fast.errors import DataError
 from kore_fast.files import inside, read_json, read_jsonl
 
@@ -74,8 +75,12 @@ def _share(title: str) -> float:
     return int.from_bytes(hashlib.sha256(title.encode()).digest()[:8], "big") / 2**64
 
 
-def read_pictures(path: str | Path) -> list[Picture]:
+def read_pictures(path: str | Path, *, need_choices: bool = False, check_images: bool = False) -> list[Picture]:
     """Pictures from JSON lines of ``{"id", "image", "name"[, "choices"]}``; images are relative to the file.
+
+    Args:
+        need_choices: for a multiple choice: at least two choices each.
+        check_images: decode every picture in full.
 
     Raises:
         DataError: names file and line.
@@ -83,13 +88,22 @@ def read_pictures(path: str | Path) -> list[Picture]:
     path = Path(path)
     pictures = []
     for number, row in read_jsonl(path):
+        if not isinstance(row, dict):
+            raise DataError(f'{path}, line {number}: want an object with "id", "image" and "name"')
         missing = [key for key in ("id", "image", "name") if not isinstance(row.get(key), str)]
         if missing:
             raise DataError(f"{path}, line {number}: no {missing[0]!r}")
         choices = tuple(row.get("choices", ()))
         if choices and row["name"] not in choices:
             raise DataError(f"{path}, line {number}: the name {row['name']!r} is not among its choices")
-        image = inside(path.parent, row["image"])
+        if need_choices and len(choices) < 2:
+            raise DataError(f'{path}, line {number}: no "choices"; list the right name among others')
+        try:
+            image = inside(path.parent, row["image"])
+            if check_images:
+                check_image(path.parent, row["image"])
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
         if not image.is_file():
             raise DataError(f"{path}, line {number}: no picture {row['image']}")
         pictures.append(Picture(row["id"], image, row["name"], choices))

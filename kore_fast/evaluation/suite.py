@@ -102,12 +102,14 @@ def evaluate(
             if row["prediction"]
         ]
         rows = _part(folder / "drift_chat.jsonl", lambda: drift(sequences, "drift on chat"))
-        metrics["kl_chat"] = _mean([row["kl"] for row in rows])
+        if rows:  # a base that answers nothing has no answers to drift from
+            metrics["kl_chat"] = _mean([row["kl"] for row in rows])
     if suite.texts:
         passages = encode_texts(processor, suite.texts, suite.text_tokens)
         rows = _part(folder / "drift_text.jsonl", lambda: drift(passages, "held-out text"))
-        metrics["wikipedia_loss"] = _mean([row["loss"] for row in rows])
-        metrics["kl_text"] = _mean([row["kl"] for row in rows])
+        if rows:
+            metrics["wikipedia_loss"] = _mean([row["loss"] for row in rows])
+            metrics["kl_text"] = _mean([row["kl"] for row in rows])
     if suite.pictures:
         rows = _part(folder / "pictures.jsonl", lambda: _pictures(model, processor, suite, progress))
         metrics["picture_naming"] = _share([row["chosen"] == row["name"] for row in rows])
@@ -134,7 +136,8 @@ def evaluate(
                 if told.get(picture.id)
             ]
             rows = _part(folder / "drift_pictures.jsonl", lambda: drift(shown, "drift on pictures"))
-            metrics["kl_picture"] = _mean([row["kl"] for row in rows])
+            if rows:
+                metrics["kl_picture"] = _mean([row["kl"] for row in rows])
     return metrics
 
 

@@ -96,7 +96,7 @@ def _state(folder: Path) -> dict[str, Any]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what an earlier run of a stage left; the state file last, so that a kill leaves the folder known as ours."""
+    """Remove what an earlier run of a stage left; the state file last: a kill leaves the folder known as ours."""
     found = list(folder.iterdir()) if folder.is_dir() else []
     if found and not (folder / STATE).is_file():
         raise RecipeError(

@@ -116,9 +116,9 @@ class Method(Section):
                 raise ValueError(f"{given[0]!r} means nothing for full fine-tuning; leave it out")
         elif self.rank is None:
             raise ValueError(f"kind {self.kind!r} needs a rank")
-        if self.kind == "kore":
-            if self.alpha is not None:
-                raise ValueError("alpha is LoRA's; KORE's scaling is 1")
+        if self.kind == "kore" and self.alpha is not None:
+            raise ValueError("alpha is LoRA's; KORE's scaling is 1")
+        if self.kind == "kore" or self.frozen_a:
             try:
                 refuse_dropout(self.lora_dropout)
                 refuse_weight_decay(self.weight_decay)
@@ -216,7 +216,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     values = _read(file, ())
     for key, text in (overrides or {}).items():
         _override(values, key, text, file)
-    values["methods"] = {name: method for name, method in (values.get("methods") or {}).items() if method is not None}
+    methods = values.get("methods")
+    if isinstance(methods, dict):
+        values["methods"] = {name: method for name, method in methods.items() if method is not None}
     values[_BASE_FOLDER] = file.parent.resolve()
     try:
         return Recipe.model_validate(values)

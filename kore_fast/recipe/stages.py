@@ -52,9 +52,10 @@ def prepare(recipe: Recipe) -> None:
     old = recipe.old_knowledge
     if old.texts is not None:
         read_texts(recipe.resolve(old.texts), held_out=True)
-    for path in (old.pictures, old.held_out_pictures):
-        if path is not None:
-            read_pictures(recipe.resolve(path))
+    if old.pictures is not None:
+        read_pictures(recipe.resolve(old.pictures), check_images=True)
+    if old.held_out_pictures is not None:
+        read_pictures(recipe.resolve(old.held_out_pictures), need_choices=True, check_images=True)
     _check_ranks(recipe)
 
 
@@ -63,10 +64,13 @@ def _check_ranks(recipe: Recipe) -> None:
 
     from kore_fast.constraint import select_linears
 
-    config = AutoConfig.from_pretrained(recipe.model_path())
-    family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = family.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(recipe.model_path())
+        family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = family.from_config(config)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.path: no model that transformers loads at {recipe.model_path()} ({error})") from None
     shapes = {name: model.get_submodule(name).weight.shape for name in select_linears(model, _targets(recipe))}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
     for name, method in recipe.methods.items():
@@ -102,7 +106,7 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
             Stage(
                 "covariance",
                 options={"covariance": recipe.covariance.model_dump(mode="json"), "seed": recipe.seed, "model": name},
-                inputs=[*models, *map(recipe.resolve, old)],
+                inputs=[*models, *_read(recipe, *old)],
                 work=lambda folder, progress: covariance_stage(recipe, folder, progress),
                 produces=[f"{source}.safetensors" for source in recipe.covariance.sources],
                 seconds=120,
@@ -155,7 +159,12 @@ def _method_stages(
             "method": method.model_dump(mode="json"),
             "training": recipe.training.model_dump(mode="json"),
         },
-        inputs=[*models, *([] if method.kind == "full" else [init]), run / "augment" / data],
+        inputs=[
+            *models,
+            *([] if method.kind == "full" else [init]),
+            run / "augment" / data,
+            *_pictures_in(recipe.resolve(recipe.items)),
+        ],
         work=lambda folder, progress: train_stage(recipe, run, name, method, folder, progress),
         produces=("loss.csv", "model" if method.kind == "full" else "adapter"),
         seconds=1.6 * steps,
@@ -173,11 +182,30 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
             "model": recipe.model_path() if not models else "",
             "precision": recipe.training.precision,
         },
-        inputs=[*models, run / "augment" / "questions.jsonl", *map(recipe.resolve, old), *trained],
+        inputs=[
+            *models,
+            run / "augment" / "questions.jsonl",
+            *_pictures_in(recipe.resolve(recipe.items)),
+            *_read(recipe, *old),
+            *trained,
+        ],
         work=lambda folder, progress: evaluate_stage(recipe, run, name, method, folder, progress),
         produces=("scores.json",),
         seconds=75,
     )
+
+
+def _read(recipe: Recipe, *files: Path) -> list[Path]:
+    """Files of old knowledge, and the pictures that they name."""
+    resolved = [recipe.resolve(file) for file in files]
+    return [path for file in resolved for path in (file, *_pictures_in(file))]
+
+
+def _pictures_in(file: Path) -> list[Path]:
+    """The pictures that a .jsonl file names; none for another kind of file."""
+    if file.suffix != ".jsonl" or not file.is_file():
+        return []
+    return sorted({file.parent / row["image"] for _, row in read_jsonl(file) if "image" in row})
 
 
 def augment_stage(recipe: Recipe, folder: Path) -> None:
