@@ -178,7 +178,7 @@ def test_a_killed_build_leaves_no_folder_and_a_finished_one_replaces_the_old(tmp
     target = tmp_path / "model"
 
     def write(text: str, fail: bool = False) -> None:
-        with build._whole_folder(target) as folder:
+        with build._whole_folder(target, "file") as folder:
             (folder / "file").write_text(text)
             if fail:
                 raise KeyboardInterrupt
@@ -191,6 +191,18 @@ def test_a_killed_build_leaves_no_folder_and_a_finished_one_replaces_the_old(tmp
     write("second")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (target / "file").read_text() == "second"
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with (
+        pytest.raises(FileExistsError, match="not made by this script"),
+        build._whole_folder(tmp_path / "mine", "*.json") as folder,
+    ):
+        (folder / "a.json").write_text("{}")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_derangement_moves_every_picture() -> None:

