@@ -72,7 +72,7 @@ def score_choices(
     against_blank: bool = True,
     batch_size: int = 16,
     bfloat16: bool = True,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[float]]:
     """Log-likelihood, in nats, of each choice as the answer "The picture shows a …." to "What is in the picture?".
 
@@ -116,10 +116,10 @@ def score_choices(
                 blank = dict(zip(distinct, scores[0], strict=True))
             result: list[list[float]] = []
             for start in range(0, len(pictures), batch_size):
-                names = choices[start : start + batch_size]
+                offered = choices[start : start + batch_size]
                 images = [_open(picture) for picture in pictures[start : start + batch_size]]
-                scores = _score(model, processor, images, names)
-                for row, named in zip(scores, names, strict=True):
+                scores = _score(model, processor, images, offered)
+                for row, named in zip(scores, offered, strict=True):
                     result.append([score - blank.get(name, 0.0) for score, name in zip(row, named, strict=True)])
                 if progress is not None:
                     progress(len(images))

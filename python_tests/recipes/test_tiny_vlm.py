@@ -84,7 +84,7 @@ def test_split_leaves_no_variant_of_a_held_out_drawing_in_training() -> None:
         for n in (1, 2)
     ]
     pictures += [picture("openclipart/food/apples", "apples"), picture("noto/apple", "apple")]
-    eligible = frozenset(p.id for p in pictures)
+    eligible = frozenset(p.id for p in pictures if p.source == "openclipart")
     result = prepare_pictures.split(pictures, eligible, seed=3, held_out=2)
     held_out = {p.group for p in result if p.split == "held_out"}
     training = {p.group for p in result if p.split == "train" and p.source == "openclipart"}

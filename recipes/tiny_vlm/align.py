@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import build
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+import build
 from kore_fast.evaluation.naming import name_phrase
 
 VARIANTS = 3  # the picture itself and two altered copies
@@ -236,16 +236,16 @@ class Aligner:
         sample = torch.from_numpy(np.asarray(features[0, self.train[::16]], dtype=np.float32)).flatten(0, 1)
         self.mean, self.deviation = sample.mean(dim=0), sample.std(dim=0)
         self.centre = self.embeddings.mean(dim=0)
-        # Each picture's phrases: the name (weight 4) and up to three tags (weight 1).
         self.targets = embed_phrases([row["name"] for row in rows], self.tokenizer, self.embeddings)
         torch.manual_seed(seed)
         hidden = self.embeddings.shape[1]
-        self.modules = torch.nn.ModuleDict({"projector": Projector(features.shape[-1], hidden), "pool": Pool(hidden)})
+        self.projector, self.pool = Projector(features.shape[-1], hidden), Pool(hidden)
+        self.modules = torch.nn.ModuleDict({"projector": self.projector, "pool": self.pool})
         with torch.no_grad():  # start from tokens as long as the language model's own embeddings
-            tokens = self.modules["projector"](self.standardise(self.train[:64], [0] * 64))
+            tokens = self.projector(self.standardise(self.train[:64], [0] * 64))
             length = self.targets.norm(dim=-1).mean() / tokens.norm(dim=-1).mean()
-            self.modules["projector"].linear_2.weight.mul_(length)
-            self.modules["projector"].linear_2.bias.copy_(self.centre)
+            self.projector.linear_2.weight.mul_(length)
+            self.projector.linear_2.bias.copy_(self.centre)
 
     def standardise(
         self, indices: Sequence[int], variants: Sequence[int], patches: Sequence[int] | None = None
@@ -260,9 +260,9 @@ class Aligner:
         indices = generator.sample(self.train, size)
         variants = [generator.randrange(VARIANTS) for _ in indices]
         patches = generator.sample(range(build.IMAGE_TOKENS), 16)
-        tokens = self.modules["projector"](self.standardise(indices, variants, patches))
+        tokens = self.projector(self.standardise(indices, variants, patches))
         names = [self.rows[index]["name"] for index in indices]
-        return contrastive_loss(tokens, self.modules["pool"], self.targets[indices], self.centre, names)
+        return contrastive_loss(tokens, self.pool, self.targets[indices], self.centre, names)
 
     def answer(self, row: dict[str, Any], forms: Sequence[str], generator: random.Random) -> str:
         """One of the answer's forms, filled in for a picture."""
@@ -280,7 +280,7 @@ class Aligner:
         variants = [generator.randrange(VARIANTS) for _ in indices]
         question = generator.choices(list(QUESTIONS), QUESTION_WEIGHTS)[0]
         places = sorted(generator.sample(range(build.IMAGE_TOKENS), patches))
-        tokens = self.modules["projector"](self.standardise(indices, variants, places))
+        tokens = self.projector(self.standardise(indices, variants, places))
         encode = self.tokenizer
         before = encode("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
         after = encode(f"\n{question}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
@@ -303,7 +303,12 @@ class Aligner:
         return functional.cross_entropy(logits.float(), labels[present])
 
     def run(
-        self, folder: Path, phase: str, steps: int, size: int, rate: float, seconds: float | None = None
+        self,
+        folder: Path,
+        phase: str,
+        steps: int,
+        size: int,
+        rate: float,
     ) -> list[Any]:
         """Train one phase, cosine learning rate, from its last checkpoint; returns rows (phase, step, loss, rate)."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -342,7 +347,7 @@ class Aligner:
 
 def write_projector(aligner: Aligner, target: Path) -> None:
     """Save the folded projector in bfloat16."""
-    weights = aligner.modules["projector"].folded(aligner.mean, aligner.deviation)
+    weights = aligner.projector.folded(aligner.mean, aligner.deviation)
     temporary = target.with_name(f".{target.name}.partial")
     save_file({name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}, temporary)
     temporary.replace(target)
@@ -355,8 +360,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="for features and checkpoints (3 GB)")
     parser.add_argument("--packages", type=Path, help="where the packages are unpacked (default: WORK/packages)")
     parser.add_argument("--output", type=Path, default=build.PROJECTOR, help="the projector's file")
-    parser.add_argument("--contrastive-steps", type=int, default=1500)
-    parser.add_argument("--language-steps", type=int, default=1000)
+    parser.add_argument("--contrastive-steps", type=int, default=1000)
+    parser.add_argument("--language-steps", type=int, default=440)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     packages = build.fetch_packages(arguments.packages or arguments.work / "packages")

@@ -56,14 +56,14 @@ def names_it(answer: str, name: str) -> bool:
 
 
 def answer_openly(
-    model: Any, processor: Any, images: Sequence[Image.Image], progress: Callable[[int], None], batch_size: int = 20
+    model: Any, processor: Any, images: Sequence[Image.Image], progress: Callable[[int], object], batch_size: int = 20
 ) -> list[str]:
     """Greedy answers to "What is in the picture?", at most 16 tokens."""
     import torch
 
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    answers = []
+    answers: list[str] = []
     for start in range(0, len(images), batch_size):
         batch = list(images[start : start + batch_size])
         inputs = processor(images=batch, text=[prompt] * len(batch), return_tensors="pt")

@@ -496,7 +496,7 @@ def write_subset(
     ]
     candidates.sort(key=lambda p: (not p.titled, hashlib.sha256(f"{seed} {p.id}".encode()).digest()))
     seen: collections.Counter[str] = collections.Counter()
-    calibration = []
+    calibration: list[Picture] = []
     for most in (1, 2, 3):  # as many different names as there are, then second and third drawings of one thing
         for picture in candidates:
             if len(calibration) < CALIBRATION and seen[picture.group] < most and picture not in calibration:
