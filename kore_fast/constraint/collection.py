@@ -41,6 +41,8 @@ class _Inputs:
         # The last input is held, not copied: while it lives, no other tensor can have its address.
         self._last: torch.Tensor | None = None
         self._last_leader = ""
+        # Its version when it was read: a change in place shows on the held tensor too.
+        self._last_version = -1
         self._handles = [
             model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True) for name in layers
         ]
@@ -59,7 +61,7 @@ class _Inputs:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (args[0] if args else kwargs["input"]).detach()
-            shared = self._last is not None and _same(x, self._last)
+            shared = self._last is not None and _same(x, self._last) and x._version == self._last_version
             leader = self._last_leader if shared else name
             expected = self.leaders.setdefault(name, leader) if self._known is None else self._known[name]
             if expected != leader:
@@ -68,7 +70,7 @@ class _Inputs:
                     "collect such layers apart, with target_modules"
                 )
             if not shared:
-                self._last, self._last_leader = x, name
+                self._last, self._last_leader, self._last_version = x, name, x._version
                 if name in self._wave:
                     self._update(name, x)
 
@@ -100,7 +102,6 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
         and x.shape == y.shape
         and x.stride() == y.stride()
         and x.dtype == y.dtype
-        and x._version == y._version
     )
 
 

@@ -108,7 +108,7 @@ def kore_factors(
     factors: dict[str, Factors] = {}
     leaks: dict[str, LayerLeak] = {}
     for group in progress(members) if progress else members:
-        C = store.covariance(group, config.source_weights).to(weights[group].device)
+        C = store.covariance(group, config.source_weights).to(weights[members[group][0]].device)
         space = nullspace(C, config.rank)
         for name in members[group]:
             factors[name] = nullspace_factors(weights[name], space.basis)

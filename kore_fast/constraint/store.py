@@ -187,6 +187,7 @@ class CovarianceStore:
             tensors[key] = torch.stack([part.read() for part in parts]).sum(0) if len(parts) > 1 else parts[0].read()
             counts[key] = torch.stack([part.count for part in parts]).sum(0).tolist()
         header = {
+            "format": _FORMAT,
             "model": self.model,
             "groups": self.groups,
             "widths": self.widths,
@@ -195,7 +196,8 @@ class CovarianceStore:
         }
         with atomic_path(path) as temporary:
             try:
-                save_file(tensors, temporary, metadata={"format": _FORMAT, "store": json.dumps(header)})
+                # One entry: safetensors writes several in any order, and equal stores are to be equal files.
+                save_file(tensors, temporary, metadata={"store": json.dumps(header)})
             except SafetensorError as error:
                 # safetensors wraps the operating system's error (a full disk) in its own.
                 raise OSError(str(error)) from error
@@ -224,9 +226,9 @@ class CovarianceStore:
             raise StoreError(f"{path}: no such file; make it with `kore-fast covariance`") from None
         except SafetensorError as error:
             raise StoreError(f"{path}: not a whole safetensors file ({error}); delete it and collect again") from None
-        if metadata.get("format") != _FORMAT:
-            raise StoreError(f"{path}: not a covariance store (format {metadata.get('format')!r}, want {_FORMAT!r})")
-        header = json.loads(metadata["store"])
+        header = json.loads(metadata.get("store", "{}"))
+        if header.get("format") != _FORMAT:
+            raise StoreError(f"{path}: not a covariance store (format {header.get('format')!r}, want {_FORMAT!r})")
         groups = {group: tuple(members) for group, members in header["groups"].items()}
         parts = {}
         for source in header["sources"]:
