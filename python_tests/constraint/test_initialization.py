@@ -1,4 +1,4 @@
-"""Initialisation: the base's logits to the bit, A in the null space, both forms alike after training, clear refusals."""
+"""Initialisation: the base's logits to the bit, A in the null space, both forms alike, clear refusals."""
 
 from __future__ import annotations
 

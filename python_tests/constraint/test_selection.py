@@ -46,7 +46,7 @@ def test_targets_by_expression_and_by_name(tiny_model: nn.Module) -> None:
     expression = r"model\.language_model\..*\.(q|v)_proj"
     assert select_linears(tiny_model, expression) == [n for n in WANTED if n.endswith(("q_proj", "v_proj"))]
     assert select_linears(tiny_model, ["mlp.up_proj", "layers.0.self_attn.o_proj"]) == [
-        n for n in WANTED if n.endswith("up_proj") or n.endswith("layers.0.self_attn.o_proj")
+        n for n in WANTED if n.endswith(("up_proj", "layers.0.self_attn.o_proj"))
     ]
     # A name's ending starts at a dot: "proj" is not the end of "q_proj".
     with pytest.raises(ConstraintError, match="matches no layer"):
