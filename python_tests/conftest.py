@@ -147,25 +147,24 @@ def knowledge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pictures.append({"id": f"p{number}", "image": image, "name": f"{colour} square"})
         others = [f"{c} square" for c in colours if c != colour][:3]
         held_out.append({**pictures[-1], "id": f"h{number}", "choices": [pictures[-1]["name"], *others]})
-    texts = [{"title": f"Title {n}", "text": f"Article {n} tells of a river that is {n} miles long."} for n in range(60)]
+    texts = [
+        {"title": f"Title {n}", "text": f"Article {n} tells of a river that is {n} miles long."} for n in range(60)
+    ]
     for name, rows in {"items": items, "pictures": pictures, "held_out": held_out, "texts": texts}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path, tiny_model_folder: Path, knowledge_folder: Path) -> Path:
+def recipe_text(model: Path, knowledge: Path) -> str:
     """A recipe that takes the tiny model through every stage in seconds."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""
+    return f"""
 name: tiny
-model: {{ path: {tiny_model_folder} }}
-items: {knowledge_folder}/items.jsonl
+model: {{ path: {model} }}
+items: {knowledge}/items.jsonl
 old_knowledge:
-  texts: {knowledge_folder}/texts.jsonl
-  pictures: {knowledge_folder}/pictures.jsonl
-  held_out_pictures: {knowledge_folder}/held_out.jsonl
+  texts: {knowledge}/texts.jsonl
+  pictures: {knowledge}/pictures.jsonl
+  held_out_pictures: {knowledge}/held_out.jsonl
 covariance:
   batch_size: 4
   sources:
@@ -178,5 +177,22 @@ methods:
 training: {{ steps: 6, batch_size: 4, checkpoint_every: 2, precision: fp32 }}
 evaluation: {{ questions: 12, capitals: false, texts: 6, pictures: 6, drift_pictures: 2, max_new_tokens: 6 }}
 """
-    )
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_model_folder: Path, knowledge_folder: Path) -> Path:
+    """`recipe_text` in a file."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_text(tiny_model_folder, knowledge_folder))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, knowledge_folder: Path) -> Path:
+    """A folder with ``recipe.yaml`` and its finished, never interrupted ``run``; to read and copy only."""
+    from kore_fast.cli import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "recipe.yaml").write_text(recipe_text(tiny_model_folder, knowledge_folder))
+    assert main(["run", str(folder), "--run", str(folder / "run")]) == 0
+    return folder

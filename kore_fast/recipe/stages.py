@@ -70,7 +70,8 @@ def _check_ranks(recipe: Recipe) -> None:
         with torch.device("meta"):
             model = family.from_config(config)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model.path: no model that transformers loads at {recipe.model_path()} ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(f"model.path: no model that transformers loads at {recipe.model_path()} ({reason})") from None
     shapes = {name: model.get_submodule(name).weight.shape for name in select_linears(model, _targets(recipe))}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
     for name, method in recipe.methods.items():

@@ -177,7 +177,7 @@ def test_set_overrides(tmp_path: Path) -> None:
     assert (recipe.training.steps, recipe.methods["lora"].rank, recipe.evaluation.capitals) == (9, 2, False)
     with pytest.raises(RecipeError, match="did you mean 'steps'"):
         load_recipe(path, {"training.stps": "9"})
-    with pytest.raises(RecipeError, match="--set name.x: name is not a section"):
+    with pytest.raises(RecipeError, match=r"--set name\.x: name is not a section"):
         load_recipe(path, {"name.x": "9"})
     with pytest.raises(RecipeError, match="not a YAML value"):
         load_recipe(path, {"training.steps": "[9"})

@@ -1,0 +1,218 @@
+"""The command line: one clear line for each bad input, single stages, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kore_fast
+from kore_fast.cli import main
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The error that the command prints last; it must not be a traceback, and the status must be 1."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    before, mark, error = capsys.readouterr().err.rpartition("kore-fast: ")
+    assert mark
+    assert all(line.startswith("[") for line in before.splitlines())
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.fixture
+def knowledge(tmp_path: Path, knowledge_folder: Path, recipe_file: Path) -> Path:
+    """A copy of the knowledge to break, and the recipe pointed to it."""
+    copy = tmp_path / "knowledge"
+    shutil.copytree(knowledge_folder, copy)
+    recipe_file.write_text(recipe_file.read_text().replace(str(knowledge_folder), str(copy)))
+    return copy
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+
+
+def write(folder: Path, items: list[dict[str, Any]]) -> None:
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def truncate(folder: Path) -> None:
+    picture = folder / "images" / "blue.png"
+    picture.write_bytes(picture.read_bytes()[:-30])
+
+
+def change(number: int, **values: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        items = rows(folder)
+        items[number] = {k: v for k, v in {**items[number], **values}.items() if v is not None}
+        write(folder, items)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: (folder / "images" / "blue.png").unlink(), ["item-2", "images/blue.png"]),
+        (truncate, ["item-2", "images/blue.png", "cut short"]),
+        (change(1, name=None), ["line 2", "item-1", "'name' is missing"]),
+        (change(1, id="item-0"), ["line 2", "item-0", "already used on line 1"]),
+        (change(1, image="../outside.png"), ["item-1", "../outside.png", "leaves its folder"]),
+        (change(1, image="/etc/hostname"), ["item-1", "/etc/hostname", "leaves its folder"]),
+        (lambda folder: (folder / "items.jsonl").write_text('{"id": '), ["line 1", "not valid JSON"]),
+        (lambda folder: (folder / "items.jsonl").unlink(), ["items.jsonl", "no such file"]),
+        (lambda folder: (folder / "held_out.jsonl").write_text('{"id": "a"}\n'), ["held_out.jsonl, line 1", "'image'"]),
+        (lambda folder: (folder / "texts.jsonl").write_text("[]\n"), ["texts.jsonl, line 1"]),
+    ],
+    ids=["missing", "truncated", "nameless", "twice", "outside", "absolute", "json", "no items", "picture", "text"],
+)
+def test_bad_data_is_one_clear_error_before_any_work(
+    knowledge: Path,
+    recipe_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    named: list[str],
+) -> None:
+    spoil(knowledge)
+    error = fails(capsys, "run", recipe_file, "--run", tmp_path / "run")
+    for words in named:
+        assert words in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("trainin.steps=3", ["recipe.yaml", "did you mean 'training'"]),
+        ("methods.kore.rnk=3", ["methods.kore.rnk", "did you mean 'rank'"]),
+        ("methods.kore.rank=40", ["'kore'", "rank 40", "k_proj", "at most 16"]),
+        ("methods.lora.rank=40", ["'lora'", "rank 40"]),
+        ("methods.kore.weight_decay=0.1", ["methods.kore", "weight_decay"]),
+        ("methods.kore.lora_dropout=0.1", ["methods.kore", "lora_dropout"]),
+        ("covariance.target_modules=.*no_such", ["no_such", "matches no layer"]),
+        ("model.path=/no/such/folder", ["model.path", "/no/such/folder"]),
+        ("training.steps", ["want KEY=VALUE"]),
+    ],
+)
+def test_bad_recipe_is_one_clear_error(
+    recipe_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+    named: list[str],
+) -> None:
+    error = fails(capsys, "run", recipe_file, "--run", tmp_path / "run", "--set", setting)
+    for words in named:
+        assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such recipe" in fails(capsys, "run", tmp_path)
+
+
+def test_missing_upstream_names_its_command(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert "kore-fast covariance" in fails(capsys, "init", recipe_file, "--run", run, "--method", "kore")
+    assert "kore-fast init" in fails(capsys, "train", recipe_file, "--run", run)
+    assert "kore-fast augment" in fails(capsys, "evaluate", recipe_file, "--run", run)
+    assert "kore-fast evaluate" in fails(capsys, "report", recipe_file, "--run", run)
+
+
+def test_image_count_is_checked_in_a_replaced_samples_file(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    path = tmp_path / "run" / "augment" / "samples.json"
+    samples = json.loads(path.read_text())
+    samples[3]["conversations"][0]["value"] += " <image>"
+    path.write_text(json.dumps(samples))
+    error = fails(capsys, "train", finished, "--run", tmp_path / "run", "--method", "lora")
+    assert samples[3]["id"] in error
+    assert "1 image(s), but 2 <image> mark(s)" in error
+
+
+def test_store_of_another_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kore_fast.modules.loading import load_model, load_processor
+    from kore_fast.recipe.schema import load_recipe
+
+    shutil.copytree(finished / "run" / "covariance", tmp_path / "run" / "covariance")
+    path = load_recipe(finished).model_path()
+    other = load_model(path)
+    with torch.no_grad():
+        other.get_submodule("model.language_model.layers.0.mlp.up_proj").weight.neg_()
+    other.save_pretrained(tmp_path / "other")
+    load_processor(path).save_pretrained(tmp_path / "other")
+    command = ("init", finished, "--run", tmp_path / "run", "--set", f"model.path={tmp_path / 'other'}")
+    assert "the store was made for another model" in fails(capsys, *command, "--method", "kore")
+
+
+def test_single_stages_make_what_run_makes(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["augment", str(finished), "--run", str(run)]) == 0
+    assert [p.name for p in run.iterdir()] == ["augment"]
+    shutil.copytree(finished / "run" / "covariance", run / "covariance")
+    assert main(["init", str(finished), "--run", str(run), "--method", "kore"]) == 0
+    assert not (run / "init" / "lora").exists()
+    for name in ("augment/samples.json", "init/kore/adapter_model.safetensors", "init/kore/leak.csv"):
+        assert (run / name).read_bytes() == (finished / "run" / name).read_bytes()
+    error = fails(capsys, "init", finished, "--run", run, "--method", "koer")
+    assert "the recipe has lora, kore" in error
+    assert "nothing to do" in fails(capsys, "init", finished, "--run", run, "--method", "base")
+
+
+def test_report_ends_with_table_path_and_lines_for_peft(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    capsys.readouterr()
+    assert main(["report", str(finished), "--run", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert str(tmp_path / "run" / "report" / "report.html") in out
+    assert all(method in out.lower() for method in ("base", "lora", "kore"))
+    lines = [line.strip() for line in out.partition("without kore_fast:")[2].splitlines() if line.strip()]
+    assert len(lines) == 3
+    assert "kore_fast" not in "".join(lines)
+    found: dict[str, Any] = {}
+    exec("\n".join(lines), found)
+    assert any(type(value).__name__.startswith("Peft") for value in found.values())
+
+
+def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert f"kore-fast     {kore_fast.__version__}" in out
+    assert torch.__version__.partition("+")[0] in out
+    assert "backends" in out
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, words in (("--version", kore_fast.__version__), ("--help", "covariance")):
+        with pytest.raises(SystemExit) as ended:
+            main([argument])
+        assert ended.value.code == 0
+        assert words in capsys.readouterr().out
+
+
+def test_interrupt_says_how_to_go_on(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kore_fast.recipe.stages as stages
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "augment_stage", stop)
+    assert main(["augment", str(recipe_file), "--run", str(tmp_path / "run")]) == 130
+    assert "the same command continues from here" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Files: whole or not at all, and errors that name them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kore_fast.errors import DataError
+from kore_fast.files import (
+    atomic_path,
+    inside,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["os.replace", "os.fsync", "pathlib.Path.write_text"])
+def test_full_disk_names_the_file_and_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(place, full)
+    with pytest.raises(DataError, match=r"a\.txt: could not be written \(No space left on device\)"):
+        write_text(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_failure_while_writing_keeps_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_values_that_json_has_not_leave_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", float("nan"))
+    with pytest.raises(ValueError):
+        write_jsonl(tmp_path / "a.jsonl", [1.0, float("inf")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(DataError, match="taken"):
+        write_text(tmp_path / "taken" / "a.txt", "x")
+
+
+def test_written_and_read(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None], "a": "ä→\u2028"}
+    write_json(tmp_path / "new" / "a.json", value)
+    assert read_json(tmp_path / "new" / "a.json") == value
+    assert (tmp_path / "new" / "a.json").read_text().startswith('{\n  "b"')
+    write_jsonl(tmp_path / "a.jsonl", [value, 3])
+    assert read_jsonl(tmp_path / "a.jsonl") == [(1, value), (2, 3)]
+
+
+def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{"a":\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3: not valid JSON"):
+        read_jsonl(path)
+    with pytest.raises(DataError, match=r"a\.jsonl: not valid JSON"):
+        read_json(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_jsonl(path)
+    with pytest.raises(DataError, match="not valid JSON"):
+        read_json(path)
+    for read in (read_json, read_jsonl):
+        with pytest.raises(DataError, match="gone: no such file"):
+            read(tmp_path / "gone")
+
+
+def test_hash_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
+    content = os.urandom((1 << 20) + 17)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_inside(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    (folder / "link").symlink_to(outside)
+    (folder / "within").symlink_to(folder / "a")
+    assert inside(folder, "a/../b") == folder.resolve() / "b"
+    assert inside(folder, "within") == folder.resolve() / "a"
+    for bad in ("../outside", "link/a", str(folder / "a"), "a/../../outside", "/etc/hostname"):
+        with pytest.raises(DataError, match="leaves its folder"):
+            inside(folder, bad)

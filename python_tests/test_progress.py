@@ -1,0 +1,44 @@
+"""Progress: nothing lost on the way, and a time left that follows what was measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from kore_fast.progress import RunClock, bar, minutes, silent
+
+
+def test_items_pass_through(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(silent([1, 2, 3], 3, "x")) == [1, 2, 3]
+    assert list(bar([1, 2, 3], label="knead")) == [1, 2, 3]
+    shown = capsys.readouterr()
+    assert "knead" in shown.err
+    assert "3/3" in shown.err
+    assert not shown.out
+    assert list(bar(iter([1, 2]), None, "x")) == [1, 2]
+
+
+def test_time_left_follows_the_measured_speed() -> None:
+    clock = RunClock({"a": 100, "b": 200, "c": 300})
+    assert clock.left() == 600
+    clock.skip("c")
+    assert clock.left() == 300
+    clock.finish("a", 420)
+    # Measured 420 for 100, with a minute of belief in the plan: (420 + 60) / (100 + 60) = 3.
+    assert clock.left() == pytest.approx(600)
+    with clock.timed("b"):
+        pass
+    assert clock.left() == 0
+
+
+def test_failed_step_is_still_counted() -> None:
+    clock = RunClock({"a": 5, "b": 5})
+    with pytest.raises(KeyError), clock.timed("a"):
+        raise KeyError
+    assert 0 < clock.left() < 6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "under a minute"), (44, "under a minute"), (46, "about 1 min"), (600, "about 10 min")]
+)
+def test_minutes(seconds: float, said: str) -> None:
+    assert minutes(seconds) == said
