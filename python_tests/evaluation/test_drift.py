@@ -1,0 +1,92 @@
+"""Drift: zero against itself, never negative, the model's own loss, the same for every batch size."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kore_fast.data.conversations import ANSWER, Encoded, collate, encode
+from kore_fast.data.old_knowledge import Text
+from kore_fast.evaluation.drift import measure_drift
+from kore_fast.evaluation.suite import encode_texts
+
+
+@pytest.fixture
+def sequences(tiny_processor: Any, knowledge_folder: Path) -> list[Encoded]:
+    pictured = [
+        encode(
+            tiny_processor,
+            [("user", f"<image>\n{'What? ' * n}"), ("assistant", f"It is {colour}.")],
+            [knowledge_folder / "images" / f"{colour}.png"],
+        )
+        for n, colour in enumerate(["red", "green", "blue"])
+    ]
+    chat = encode(tiny_processor, [("user", "Who?"), ("assistant", "Me.")])
+    texts = encode_texts(tiny_processor, [Text("a", "A river is long."), Text("b", "Hills.")], 12)
+    return [texts[0], *pictured, chat, texts[1]]
+
+
+@pytest.fixture
+def changed(tiny_model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(tiny_model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.get_submodule("model.language_model").parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_nothing_drifts_from_itself(tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded]) -> None:
+    for base in (tiny_model, copy.deepcopy(tiny_model)):
+        assert [d.kl for d in measure_drift(tiny_model, base, tiny_processor, sequences)] == [0.0] * len(sequences)
+
+
+def test_figures_are_the_definitions(
+    tiny_model: nn.Module, changed: nn.Module, tiny_processor: Any, sequences: list[Encoded]
+) -> None:
+    found = measure_drift(changed, tiny_model, tiny_processor, sequences, batch_size=4)
+    for sequence, drift in zip(sequences, found, strict=True):
+        inputs = collate([sequence], 0, labels=True)
+        with torch.no_grad():
+            output, base = changed(**inputs), tiny_model(**inputs)
+        assert drift.loss == pytest.approx(float(output.loss), rel=1e-5)
+        wanted = inputs["labels"][0, 1:] != -100
+        assert drift.tokens == int(wanted.sum())
+        p, q = (o.logits[0, :-1][wanted].double().log_softmax(-1) for o in (base, output))
+        assert drift.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+        assert drift.kl > 1e-4
+
+
+def test_direction_is_base_against_model(
+    tiny_model: nn.Module, changed: nn.Module, tiny_processor: Any, sequences: list[Encoded]
+) -> None:
+    there = measure_drift(changed, tiny_model, tiny_processor, sequences)
+    back = measure_drift(tiny_model, changed, tiny_processor, sequences)
+    assert all(d.kl >= 0 for d in (*there, *back))
+    assert any(abs(a.kl - b.kl) > 1e-4 * a.kl for a, b in zip(there, back, strict=True))
+
+
+def test_batch_size_and_order_do_not_matter(
+    tiny_model: nn.Module, changed: nn.Module, tiny_processor: Any, sequences: list[Encoded]
+) -> None:
+    one = measure_drift(changed, tiny_model, tiny_processor, sequences, batch_size=1)
+    for other in (
+        measure_drift(changed, tiny_model, tiny_processor, sequences, batch_size=6),
+        measure_drift(changed, tiny_model, tiny_processor, sequences[::-1], batch_size=3)[::-1],
+    ):
+        for a, b in zip(one, other, strict=True):
+            assert a.tokens == b.tokens
+            assert a.loss == pytest.approx(b.loss, rel=1e-5)
+            assert a.kl == pytest.approx(b.kl, rel=1e-3)
+
+
+def test_all_tokens_of_a_text_are_predicted(tiny_processor: Any, tiny_model: nn.Module) -> None:
+    encoded = encode_texts(tiny_processor, [Text("a", "x" * 50), Text("b", "y"), Text("c", "zz")], 20)
+    assert [len(e) for e in encoded] == [20, 2]
+    assert all((e.kinds == ANSWER).all() for e in encoded)
+    assert [d.tokens for d in measure_drift(tiny_model, tiny_model, tiny_processor, encoded)] == [19, 1]

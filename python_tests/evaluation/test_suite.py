@@ -1,0 +1,165 @@
+"""The suite: figures follow from the kept rows, and what is kept is not measured again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kore_fast.data.old_knowledge import PlainQuestion, read_pictures, read_texts
+from kore_fast.data.questions import Question
+from kore_fast.evaluation import suite as module
+from kore_fast.evaluation.metrics import cover_exact_match, token_f1
+from kore_fast.evaluation.suite import Suite, evaluate, sample
+from kore_fast.files import read_jsonl, write_jsonl
+
+PARTS = {
+    "questions.jsonl",
+    "capitals.jsonl",
+    "drift_chat.jsonl",
+    "drift_text.jsonl",
+    "pictures.jsonl",
+    "descriptions.jsonl",
+    "drift_pictures.jsonl",
+}
+
+
+@pytest.fixture
+def wanted(knowledge_folder: Path) -> Suite:
+    questions = [
+        Question(
+            question_id=f"q{n}-{form}",
+            image="images/red.png",
+            text="Where does it live?",
+            answer="hills",
+            type="home",
+            item=f"item-{n}",
+            form=form,
+        )
+        for n in range(3)
+        for form in ("by_name", "by_picture")
+    ]
+    return Suite(
+        questions=questions,
+        image_root=knowledge_folder,
+        capitals=[PlainQuestion("FRA", "What is the capital of France?", "Paris")],
+        texts=read_texts(knowledge_folder / "texts.jsonl", held_out=True)[:3],
+        text_tokens=16,
+        pictures=read_pictures(knowledge_folder / "held_out.jsonl"),
+        drift_pictures=2,
+        max_new_tokens=5,
+        batch_size=4,
+    )
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(folder / name)]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def test_figures_follow_from_the_rows(
+    tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path
+) -> None:
+    base = copy.deepcopy(tiny_model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    of_base = evaluate(base, base, tiny_processor, wanted, tmp_path / "base")
+    found = evaluate(tiny_model, base, tiny_processor, wanted, tmp_path / "m", base_folder=tmp_path / "base")
+    assert {p.name for p in (tmp_path / "m").iterdir()} == PARTS
+    for metrics, folder in ((of_base, tmp_path / "base"), (found, tmp_path / "m")):
+        answered = rows(folder, "questions.jsonl")
+        for row in answered:
+            assert row["cem"] == cover_exact_match(row["prediction"], row["answer"])
+            assert row["f1"] == token_f1(row["prediction"], row["answer"])
+        for form, prefix in (("by_name", "adaptation"), ("by_picture", "by_picture")):
+            chosen = [row for row in answered if row["form"] == form]
+            assert metrics[f"{prefix}_cem"]["value"] == mean([row["cem"] for row in chosen])
+            assert metrics[f"{prefix}_f1"]["value"] == pytest.approx(mean([row["f1"] for row in chosen]))
+            assert metrics[f"{prefix}_cem"]["count"] == 3
+        named = rows(folder, "pictures.jsonl")
+        assert metrics["picture_naming"]["value"] == mean([row["chosen"] == row["name"] for row in named])
+        for row in named:
+            assert row["scores"][row["chosen"]] == max(row["scores"].values())
+        text = rows(folder, "drift_text.jsonl")
+        assert metrics["wikipedia_loss"]["value"] == pytest.approx(mean([row["loss"] for row in text]))
+        for name, part in (("kl_text", "text"), ("kl_chat", "chat"), ("kl_picture", "pictures")):
+            kept = rows(folder, f"drift_{part}.jsonl")
+            assert metrics[name]["value"] == pytest.approx(mean([row["kl"] for row in kept]))
+            assert metrics[name]["count"] == len(kept)
+        for metric in metrics.values():
+            if metric["low"] is not None and metric["high"] is not None:
+                assert metric["low"] <= metric["value"] <= metric["high"]  # type: ignore[operator]
+    assert [of_base[name]["value"] for name in ("kl_text", "kl_chat", "kl_picture")] == [0, 0, 0]
+    assert all(found[name]["value"] > 0 for name in ("kl_text", "kl_chat", "kl_picture"))  # type: ignore[operator]
+
+
+def test_what_is_kept_is_not_measured_again(
+    tiny_model: nn.Module,
+    tiny_processor: Any,
+    wanted: Suite,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = evaluate(tiny_model, tiny_model, tiny_processor, wanted, tmp_path)
+    (tmp_path / "pictures.jsonl").unlink()
+    monkeypatch.setattr(module, "generate_answers", lambda *_, **__: pytest.fail("answered again"))
+    monkeypatch.setattr(module, "measure_drift", lambda *_, **__: pytest.fail("measured again"))
+    assert evaluate(tiny_model, tiny_model, tiny_processor, wanted, tmp_path) == first
+    edited = [{**row, "cem": True} for row in rows(tmp_path, "questions.jsonl")]
+    write_jsonl(tmp_path / "questions.jsonl", edited)
+    assert evaluate(tiny_model, tiny_model, tiny_processor, wanted, tmp_path)["adaptation_cem"]["value"] == 1
+
+
+def test_a_failing_part_keeps_those_before(
+    tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "score_choices", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_model, tiny_model, tiny_processor, wanted, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "questions.jsonl",
+        "capitals.jsonl",
+        "drift_chat.jsonl",
+        "drift_text.jsonl",
+    }
+
+
+def test_an_empty_part_is_left_out(tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path) -> None:
+    only_texts = replace(wanted, questions=(), capitals=(), pictures=())
+    assert set(evaluate(tiny_model, tiny_model, tiny_processor, only_texts, tmp_path)) == {"wikipedia_loss", "kl_text"}
+    assert evaluate(tiny_model, tiny_model, tiny_processor, Suite(), tmp_path / "none") == {}
+
+
+def test_a_base_that_says_nothing_has_no_drift_on_its_answers(
+    tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "generate_answers", lambda _, __, prompts, **___: [""] * len(prompts))
+    found = evaluate(tiny_model, tiny_model, tiny_processor, wanted, tmp_path)
+    assert found["capitals"]["value"] == 0
+    assert "kl_chat" not in found
+    assert "kl_picture" not in found
+    assert "kl_text" in found
+
+
+def test_sample_keeps_order_and_is_fixed_by_seed() -> None:
+    values = list(range(100))
+    chosen = sample(values, 10, seed=1)
+    assert chosen == sorted(chosen)
+    assert len(set(chosen)) == 10
+    assert sample(values, 10, seed=1) == chosen
+    assert sample(values, 10, seed=2) != chosen
+    assert sample(values, None, 1) == sample(values, 100, 1) == sample(values, 101, 1) == values
+    assert sample(values, 0, 1) == []
