@@ -97,12 +97,7 @@ def _fit(name: str, rows: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor 
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return (
-        x.data_ptr() == y.data_ptr()
-        and x.shape == y.shape
-        and x.stride() == y.stride()
-        and x.dtype == y.dtype
-    )
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
 
 
 def collect_covariance(

@@ -55,7 +55,7 @@ def run(recipe: Path, folder: Path, *settings: str, command: str = "run") -> Non
     assert main([command, str(recipe), "--run", str(folder), *(f"--set={s}" for s in settings)]) == 0
 
 
-# Ends the process at the moment a path is opened, renamed to or removed: as kill -9 would, and always at the same place.
+# Ends the process at the moment a path is opened, renamed to or removed: a kill -9 that always hits the same place.
 KILLED_AT = """
 import os, signal, sys
 
