@@ -58,12 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from kore_fast.allocation import keep_freed_memory
     from kore_fast.errors import RecipeError
     from kore_fast.modules.loading import quiet_transformers
     from kore_fast.recipe.runner import run_stages
     from kore_fast.recipe.schema import load_recipe
     from kore_fast.recipe.stages import BASE, build_stages, prepare
 
+    keep_freed_memory()
     if not options.verbose:
         quiet_transformers()
     overrides = {}

@@ -109,6 +109,7 @@ def collect_covariance(
     about: Mapping[str, Any] | None = None,
     memory_limit: int | None = None,
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
+    warn_few_tokens: bool = True,
 ) -> CovarianceStore:
     """Covariances of the inputs of a model's linear layers over batches of old knowledge (KORE step 1).
 
@@ -124,6 +125,7 @@ def collect_covariance(
             is collected in further passes over the batches. Without a limit, one pass and 8·Σd² bytes (0.8 GB for the
             135M model of the quickstart, 41 GB for LLaVA-7B).
         progress: wraps the batches of each pass, for a progress bar.
+        warn_few_tokens: see `warn_if_few_tokens`; off when other sources will be added.
 
     Returns:
         A store with one source. Layers that read the same tensor (q/k/v, gate/up) share one covariance: found by
@@ -166,7 +168,8 @@ def collect_covariance(
         sources={source: dict(about or {})},
         parts=parts,
     )
-    warn_if_few_tokens(store)
+    if warn_few_tokens:
+        warn_if_few_tokens(store)
     return store
 
 

@@ -12,9 +12,12 @@ from kore_fast.errors import KoreError
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' notes on every weight that it reads out of the terminal; errors still show."""
+    """Keep the libraries' notes to each other out of the terminal; errors still show."""
+    import warnings
+
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

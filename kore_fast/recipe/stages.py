@@ -227,7 +227,8 @@ def augment_stage(recipe: Recipe, folder: Path) -> None:
 
 def covariance_stage(recipe: Recipe, folder: Path, progress: Progress) -> None:
     """Old knowledge → one store a source. A source whose file is whole is not collected again."""
-    from kore_fast.constraint import collect_covariance
+    from kore_fast.constraint import CovarianceStore, collect_covariance
+    from kore_fast.constraint.collection import warn_if_few_tokens
     from kore_fast.modules.loading import load_model, load_processor
 
     assert recipe.covariance is not None
@@ -247,8 +248,10 @@ def covariance_stage(recipe: Recipe, folder: Path, progress: Progress) -> None:
             about=source.model_dump(mode="json"),
             memory_limit=recipe.covariance.memory_limit,
             progress=lambda items: progress(items, len(batches), f"covariance of {name}"),  # noqa: B023
+            warn_few_tokens=False,
         )
         store.save(path)
+    warn_if_few_tokens(CovarianceStore.load(folder))
 
 
 def _calibration(

@@ -3,12 +3,15 @@
     python recipes/tiny_vlm_study/study.py [--run DIR] [--jobs 2] [--minutes M] [--table]
 
 Learning rates are chosen on the first seed, then every method runs on the others. It takes hours on two cores; the same
-command continues where it stopped. Each job gets its share of the cores.
+command continues where it stopped, also in another checkout: a finished run's scores are kept in results/runs/, with
+what they were made from. Each job gets its share of the cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -20,10 +23,11 @@ from typing import Any
 
 import yaml
 
-from kore_fast.files import read_json, write_text
+from kore_fast.files import read_json, sha256_file, write_json, write_text
 from kore_fast.report import build_comparison
 
 HERE = Path(__file__).resolve().parent
+KEPT = HERE / "results" / "runs"
 BASE = "base"
 ADAPTATION = "adaptation_cem"
 
@@ -77,8 +81,8 @@ def choose(scores: Mapping[Job, Mapping[str, Any]]) -> dict[str, str]:
 class Runner:
     """Runs jobs of the expanded recipe side by side, each in a process of its own."""
 
-    def __init__(self, recipe: Path, run: Path, width: int, deadline: float) -> None:
-        self.recipe, self.run, self.width, self.deadline = recipe, run, width, deadline
+    def __init__(self, study: Mapping[str, Any], recipe: Path, run: Path, width: int, deadline: float) -> None:
+        self.study, self.recipe, self.run, self.width, self.deadline = study, recipe, run, width, deadline
         self.threads = max(1, (os.cpu_count() or 1) // width)
 
     def command(self, stage: str, *extra: str) -> list[str]:
@@ -115,7 +119,7 @@ class Runner:
                     del running[job]
                     if process.returncode:
                         raise SystemExit(f"{job.name} failed; see {self.run / 'logs' / job.name}.log")
-                    self.show(job)
+                    self.keep(job)
             if waiting and not running:
                 print("the time is up; the same command continues", flush=True)
                 return False
@@ -123,14 +127,29 @@ class Runner:
         return True
 
     def scores(self, job: Job) -> dict[str, Any] | None:
-        """A finished job's scores."""
-        folder = self.run / "evaluate" / job.name
-        done = (folder / "stage.json").exists() and read_json(folder / "stage.json")["done"]
-        return {**read_json(folder / "scores.json"), "method": job.method} if done else None
+        """A finished job's scores, if they were made from what the study says now."""
+        path = KEPT / f"{job.name}.json"
+        if not path.exists():
+            return None
+        kept = read_json(path)
+        return kept["scores"] if kept["made_from"] == made_from(self.study, job) else None
 
-    def show(self, job: Job) -> None:
-        metrics = (self.scores(job) or {"metrics": {}})["metrics"]
-        print(f"{job.name}: " + ", ".join(f"{name} {m['value']:.3f}" for name, m in metrics.items()), flush=True)
+    def keep(self, job: Job) -> None:
+        """Copy a job's scores from the run's folder to where they are committed."""
+        scores = {**read_json(self.run / "evaluate" / job.name / "scores.json"), "method": job.method}
+        write_json(KEPT / f"{job.name}.json", {"made_from": made_from(self.study, job), "scores": scores})
+        print(f"{job.name}: " + ", ".join(f"{n} {m['value']:.3f}" for n, m in scores["metrics"].items()), flush=True)
+
+
+def made_from(study: Mapping[str, Any], job: Job) -> str:
+    """Hex SHA-256 of what decides a job's scores: its recipe, the items and their wordings, the model's projector."""
+    expanded = expand(study, [job])
+    digest = hashlib.sha256(json.dumps(expanded, sort_keys=True).encode())
+    items = HERE / study["recipe"]["items"]
+    projector = HERE.parent / "tiny_vlm" / "projector.safetensors"
+    for path in (items, items.parent / "wordings.yaml", projector):
+        digest.update(sha256_file(path).encode())
+    return digest.hexdigest()
 
 
 def main() -> None:
@@ -147,7 +166,7 @@ def main() -> None:
     recipe = HERE / "expanded.yaml"
     everything = grid(study)
     write_text(recipe, yaml.safe_dump(expand(study, everything), sort_keys=False))
-    runner = Runner(recipe, run, options.jobs, time.monotonic() + 60 * options.minutes)
+    runner = Runner(study, recipe, run, options.jobs, time.monotonic() + 60 * options.minutes)
     first, *others = study["seeds"]
     on_first = [job for job in everything if job.seed == first]
     if not options.table:
@@ -157,13 +176,14 @@ def main() -> None:
         expanded = load_recipe(recipe)
         adapted = [name for name, method in expanded.methods.items() if method.kind != "full"]
         runner.shared(dict.fromkeys(start_of(expanded, name) for name in adapted))
+        write_json(KEPT / f"{BASE}.json", read_json(run / "evaluate" / BASE / "scores.json"))
         if runner.jobs(on_first):
-            chosen = choose({job: scores for job in on_first if (scores := runner.scores(job))})
+            chosen = choose({job: scores for job in on_first if (scores := runner.scores(job)) is not None})
             print("chosen on the first seed:", chosen, flush=True)
             runner.jobs(job for job in everything if job.seed in others and job.learning_rate == chosen[job.method])
     done = {job: scores for job in everything if (scores := runner.scores(job))}
     chosen = choose({job: scores for job, scores in done.items() if job.seed == first})
-    base = read_json(run / "evaluate" / BASE / "scores.json")
+    base = read_json(KEPT / f"{BASE}.json")
     results = build_comparison(
         [base, *done.values()],
         HERE / "results",
