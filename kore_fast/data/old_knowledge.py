@@ -31,6 +31,11 @@ class Picture:
     name: str
     choices: tuple[str, ...] = ()
 
+    @property
+    def answer(self) -> int:
+        """Index of the right name among the choices."""
+        return self.choices.index(self.name)
+
 
 @dataclass(frozen=True)
 class PlainQuestion:
@@ -96,6 +101,8 @@ def read_pictures(path: str | Path, *, need_choices: bool = False, check_images:
         choices = tuple(row.get("choices", ()))
         if choices and row["name"] not in choices:
             raise DataError(f"{path}, line {number}: the name {row['name']!r} is not among its choices")
+        if len(set(choices)) < len(choices):
+            raise DataError(f"{path}, line {number}: a choice comes twice; choices must differ")
         if need_choices and len(choices) < 2:
             raise DataError(f'{path}, line {number}: no "choices"; list the right name among others')
         try:

@@ -4,52 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kore_fast.errors import DataError
-from kore_fast.files import inside, read_jsonl
 
 QUESTION = "What is in the picture?"
 OPENING = "The picture shows"
-
-
-@dataclass(frozen=True)
-class NamingQuestion:
-    """A picture and the names to choose from; ``name``, the right one, is among ``choices``."""
-
-    id: str
-    image: Path
-    name: str
-    choices: tuple[str, ...]
-
-    @property
-    def answer(self) -> int:
-        """Index of the right name in ``choices``."""
-        return self.choices.index(self.name)
-
-
-def read_naming_questions(path: str | Path) -> list[NamingQuestion]:
-    """Read ``{"id", "image", "name", "choices"}`` lines; image paths are relative to the file's folder.
-
-    Raises:
-        DataError: a key is missing, the right name is not among the choices, or the image is missing or outside.
-    """
-    path = Path(path)
-    questions = []
-    for number, row in read_jsonl(path):
-        if not isinstance(row, dict) or not all(key in row for key in ("id", "image", "name", "choices")):
-            raise DataError(f"{path}, line {number}: expected an object with id, image, name and choices")
-        if row["name"] not in row["choices"] or len(set(row["choices"])) != len(row["choices"]):
-            raise DataError(
-                f"{path}, line {number} ({row['id']}): the choices must differ and hold the name {row['name']!r}"
-            )
-        image = inside(path.parent, row["image"])
-        if not image.is_file():
-            raise DataError(f"{path}, line {number} ({row['id']}): no image at {image}")
-        questions.append(NamingQuestion(row["id"], image, row["name"], tuple(row["choices"])))
-    return questions
 
 
 def name_phrase(name: str) -> str:

@@ -65,6 +65,7 @@ def test_pictures_beside_their_file(knowledge_folder: Path) -> None:
             "not among its choices",
         ),
         ('{"id": "a", "image": "images/red.png", "name": "red"}', 'no "choices"'),
+        ('{"id": "a", "image": "images/red.png", "name": "red", "choices": ["red", "red"]}', "comes twice"),
         ('{"id": "a", "image": "images/red.png", "name": "red", "choices": ["red"]}', 'no "choices"'),
     ],
 )

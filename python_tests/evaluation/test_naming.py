@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from kore_fast.evaluation.naming import (
     QUESTION,
     name_phrase,
     naming_accuracy,
-    read_naming_questions,
     score_choices,
 )
 
@@ -110,31 +108,3 @@ def test_naming_accuracy_counts_ties_in_part() -> None:
 )
 def test_name_phrase(name: str, phrase: str) -> None:
     assert name_phrase(name) == phrase
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"choices": ["dog", "owl"]}, "hold the name 'cat'"),
-        ({"choices": ["cat", "cat"]}, "must differ"),
-        ({"image": "images/none.png"}, "no image at"),
-        ({"image": "../cat.png"}, "leaves its folder"),
-        ({"name": None}, "expected an object"),
-    ],
-)
-def test_bad_questions_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    row = {"id": "one", "image": "cat.png", "name": "cat", "choices": ["dog", "cat"], **change}
-    row = {key: value for key, value in row.items() if value is not None}
-    Image.new("RGB", (4, 4)).save(tmp_path / "cat.png")
-    (tmp_path / "held_out.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match=message):
-        read_naming_questions(tmp_path / "held_out.jsonl")
-
-
-def test_questions_are_read(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "cat.png")
-    row = {"id": "one", "image": "cat.png", "name": "cat", "choices": ["dog", "cat"], "extra": 1}
-    (tmp_path / "held_out.jsonl").write_text(json.dumps(row) + "\n")
-    (question,) = read_naming_questions(tmp_path / "held_out.jsonl")
-    assert question.answer == 1
-    assert question.image == (tmp_path / "cat.png").resolve()

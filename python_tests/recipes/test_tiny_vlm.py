@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from kore_fast.evaluation.naming import read_naming_questions
+from kore_fast.data.old_knowledge import read_pictures
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny_vlm"
 
@@ -138,7 +138,7 @@ def test_render_centres_a_png_on_white(tmp_path: Path) -> None:
 
 def test_committed_pictures_are_whole_small_and_apart() -> None:
     folder = RECIPE / "pictures"
-    questions = read_naming_questions(folder / "held_out.jsonl")
+    questions = read_pictures(folder / "held_out.jsonl", need_choices=True)
     calibration = [json.loads(line) for line in (folder / "calibration.jsonl").read_text().splitlines()]
     assert (len(questions), len(calibration)) == (200, 128)
     assert all(len(question.choices) == 4 for question in questions)
@@ -147,7 +147,7 @@ def test_committed_pictures_are_whole_small_and_apart() -> None:
     assert len({question.name for question in questions}) == 200
     held_out = {prepare_pictures.base_name(question.name) for question in questions}
     assert not held_out & {prepare_pictures.base_name(row["name"]) for row in calibration}
-    named = {question.image.resolve() for question in questions} | {
+    named = {question.path.resolve() for question in questions} | {
         (folder / row["image"]).resolve() for row in calibration
     }
     assert named == {path.resolve() for path in (folder / "images").iterdir()}

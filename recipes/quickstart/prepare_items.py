@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from wml import Tag, parse
 
 from kore_fast.data.items import load_items
 from kore_fast.files import inside, write_jsonl, write_text
+
+from wml import Tag, parse
 
 PACKAGE = "wesnoth-1.16-data"
 GAME = Path("usr/share/games/wesnoth/1.16")

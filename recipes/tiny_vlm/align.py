@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-import build
 from kore_fast.evaluation.naming import name_phrase
+
+import build
 
 VARIANTS = 3  # the picture itself and two altered copies
 Features = NDArray[np.float16]

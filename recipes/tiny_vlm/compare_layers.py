@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import build
 import torch
-from align import load_pixels, read_pictures
 from torch.nn import functional
+
+import build
+from align import load_pixels, read_pictures
 
 REFERENCE, OTHERS = "noto", ("twemoji", "openclipart", "openmoji")
 

@@ -19,7 +19,8 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from kore_fast.evaluation.naming import QUESTION, naming_accuracy, read_naming_questions, score_choices
+from kore_fast.data.old_knowledge import read_pictures
+from kore_fast.evaluation.naming import QUESTION, naming_accuracy, score_choices
 from kore_fast.files import read_jsonl, write_json
 from kore_fast.intervals import mean_interval, wilson_interval
 
@@ -77,10 +78,10 @@ def answer_openly(
 
 def evaluate(model: Any, processor: Any, pictures: Path = PICTURES) -> dict[str, Any]:
     """All figures of the card's grounding table, with some of the open answers."""
-    questions = read_naming_questions(pictures / "held_out.jsonl")
+    questions = read_pictures(pictures / "held_out.jsonl", need_choices=True)
     trained = {row["id"]: row["name_trained"] for _, row in read_jsonl(pictures / "held_out.jsonl")}
     calibration = [row for _, row in read_jsonl(pictures / "calibration.jsonl")]
-    images = [Image.open(question.image).convert("RGB") for question in questions]
+    images = [Image.open(question.path).convert("RGB") for question in questions]
     order = derangement(len(questions))
     shuffled = [images[place] for place in order]
     answers = [question.answer for question in questions]
