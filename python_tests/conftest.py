@@ -175,7 +175,7 @@ methods:
   lora: {{ kind: lora, rank: 4, learning_rate: 1e-3 }}
   kore: {{ kind: kore, rank: 8, learning_rate: 1e-2 }}
 training: {{ steps: 6, batch_size: 4, checkpoint_every: 2, precision: fp32 }}
-evaluation: {{ questions: 12, capitals: false, texts: 6, pictures: 6, drift_pictures: 2, max_new_tokens: 6 }}
+evaluation: {{ questions: 12, capitals: false, texts: 6, pictures: 6, drift_samples: 2, max_new_tokens: 6 }}
 """
 
 

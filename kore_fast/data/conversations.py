@@ -134,6 +134,18 @@ def encode_sample(processor: Any, sample: Sample, image_root: Path) -> Encoded:
         raise DataError(f"sample {sample.id}: {error}") from None
 
 
+def encode_texts(processor: Any, texts: Sequence[str], max_tokens: int) -> list[Encoded]:
+    """Passages as token sequences of at most ``max_tokens``, every token counted as an answer: its prediction is what
+    is measured. A literal ``<image>`` in a text has no picture and is left out; a passage of one token too."""
+    tokenizer = tokenizer_of(processor)
+    encoded = []
+    for text in texts:
+        ids = torch.tensor(tokenizer(text.replace(IMAGE, ""), add_special_tokens=False)["input_ids"][:max_tokens])
+        if len(ids) > 1:
+            encoded.append(Encoded(ids, torch.full_like(ids, ANSWER, dtype=torch.int8), None))
+    return encoded
+
+
 def collate(
     batch: Sequence[Encoded],
     pad_token_id: int,

@@ -176,3 +176,11 @@ def chat_questions(titles: Sequence[str], count: int, seed: int) -> list[PlainQu
 def picture_prompts() -> tuple[str, ...]:
     """Ways to ask what a picture shows, for calibration."""
     return ("What is in the picture?", "What does this picture show?", "Describe the picture in one sentence.")
+
+
+def sample(values: Sequence[Any], count: int | None, seed: int) -> list[Any]:
+    """``count`` of the values in their order, chosen by seed; all for None."""
+    if count is None or count >= len(values):
+        return list(values)
+    chosen = sorted(random.Random(f"sample {seed}").sample(range(len(values)), count))
+    return [values[i] for i in chosen]

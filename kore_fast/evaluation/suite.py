@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from kore_fast.data.conversations import ANSWER, Encoded, encode, tokenizer_of
+from kore_fast.data.conversations import Encoded, encode, encode_texts
 from kore_fast.data.old_knowledge import Picture, PlainQuestion, Text, picture_prompts
 from kore_fast.data.questions import Question
 from kore_fast.evaluation.drift import measure_drift
@@ -36,8 +34,8 @@ class Suite:
     texts: Sequence[Text] = ()
     text_tokens: int = 128
     pictures: Sequence[Picture] = ()
-    drift_pictures: int = 64
-    """Of the pictures, how many the base describes; drift is measured on its descriptions."""
+    drift_samples: int = 64
+    """Drift in chat and on pictures is measured on so many of the base's own answers and descriptions."""
     max_new_tokens: int = 32
     batch_size: int = 32
     bf16: bool = False
@@ -98,14 +96,14 @@ def evaluate(
         metrics["capitals"] = _share([row["cem"] for row in rows])
         sequences = [
             encode(processor, [("user", row["text"]), ("assistant", row["prediction"])])
-            for _, row in read_jsonl(base_folder / "capitals.jsonl")
+            for _, row in read_jsonl(base_folder / "capitals.jsonl")[: suite.drift_samples]
             if row["prediction"]
         ]
         rows = _part(folder / "drift_chat.jsonl", lambda: drift(sequences, "drift on chat"))
         if rows:  # a base that answers nothing has no answers to drift from
             metrics["kl_chat"] = _mean([row["kl"] for row in rows])
     if suite.texts:
-        passages = encode_texts(processor, suite.texts, suite.text_tokens)
+        passages = encode_texts(processor, [text.text for text in suite.texts], suite.text_tokens)
         rows = _part(folder / "drift_text.jsonl", lambda: drift(passages, "held-out text"))
         if rows:
             metrics["wikipedia_loss"] = _mean([row["loss"] for row in rows])
@@ -113,7 +111,7 @@ def evaluate(
     if suite.pictures:
         rows = _part(folder / "pictures.jsonl", lambda: _pictures(model, processor, suite, progress))
         metrics["picture_naming"] = _share([row["chosen"] == row["name"] for row in rows])
-        described = suite.pictures[: suite.drift_pictures]
+        described = suite.pictures[: suite.drift_samples]
         prompts = [Prompt(picture_prompts()[0], picture.path) for picture in described]
         if described:
             rows = _part(
@@ -139,25 +137,6 @@ def evaluate(
             if rows:
                 metrics["kl_picture"] = _mean([row["kl"] for row in rows])
     return metrics
-
-
-def encode_texts(processor: Any, texts: Sequence[Text], max_tokens: int) -> list[Encoded]:
-    """Passages as token sequences, every token counted as an answer (its prediction is what is measured)."""
-    tokenizer = tokenizer_of(processor)
-    encoded = []
-    for text in texts:
-        ids = torch.tensor(tokenizer(text.text, add_special_tokens=False)["input_ids"][:max_tokens])
-        if len(ids) > 1:
-            encoded.append(Encoded(ids, torch.full_like(ids, ANSWER, dtype=torch.int8), None))
-    return encoded
-
-
-def sample(values: Sequence[Any], count: int | None, seed: int) -> list[Any]:
-    """``count`` of the values in their order, chosen by seed; all for None."""
-    if count is None or count >= len(values):
-        return list(values)
-    chosen = sorted(random.Random(f"sample {seed}").sample(range(len(values)), count))
-    return [values[i] for i in chosen]
 
 
 def _part(path: Path, measure: Callable[[], list[Row]]) -> list[Row]:

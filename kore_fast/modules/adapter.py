@@ -136,7 +136,10 @@ def load_kore_model(model: nn.Module, folder: str | Path, *, is_trainable: bool 
     peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     config = peft_model.peft_config["default"]
     refuse_dropout(getattr(config, "lora_dropout", 0.0))
-    return as_kore_model(peft_model, read_json(Path(folder) / METADATA))
+    kore = read_json(Path(folder) / METADATA)
+    if not isinstance(kore, dict) or not isinstance(kore.get("lora_a_sha256"), str):
+        raise ConstraintError(f"{Path(folder) / METADATA}: holds no hash of A; take the adapter as it was saved")
+    return as_kore_model(peft_model, kore)
 
 
 def refuse_dropout(lora_dropout: float) -> None:

@@ -45,7 +45,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Modul
         family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
         model = family.from_pretrained(str(path), dtype=dtype)
     except (OSError, ValueError) as error:
-        raise KoreError(f"{path}: cannot load a model from here ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise KoreError(f"{path}: cannot load a model from here ({reason})") from None
     return model.eval().requires_grad_(False)
 
 

@@ -16,6 +16,17 @@ from kore_fast.errors import ConstraintError, RecipeError
 _BASE_FOLDER = "base_folder"
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _number(value: Any) -> Any:
     # YAML 1.1 reads 2e-4 as a string.
     if isinstance(value, str):
@@ -154,7 +165,8 @@ class EvaluationSection(Section):
     text_tokens: Count = 128
     pictures: Annotated[int, Field(ge=0)] = 200
     """Held-out pictures to name."""
-    drift_pictures: Annotated[int, Field(ge=0)] = 64
+    drift_samples: Annotated[int, Field(ge=0)] = 64
+    """Of the base's answers and of its descriptions, how many drift is measured on."""
 
 
 class Recipe(Section):
@@ -228,7 +240,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise RecipeError(f"{file}: no such recipe; give a YAML file or a folder with recipe.yaml") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

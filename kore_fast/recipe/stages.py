@@ -263,11 +263,10 @@ def _calibration(
     folder: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    from kore_fast.data.conversations import by_length, collate, encode, tokenizer_of
-    from kore_fast.data.old_knowledge import chat_questions, picture_prompts, read_pictures, read_texts
+    from kore_fast.data.conversations import by_length, collate, encode, encode_texts, tokenizer_of
+    from kore_fast.data.old_knowledge import chat_questions, picture_prompts, read_pictures, read_texts, sample
     from kore_fast.evaluation.generation import Prompt, generate_answers
     from kore_fast.evaluation.naming import OPENING, name_phrase
-    from kore_fast.evaluation.suite import encode_texts, sample
 
     assert recipe.covariance is not None
     old = recipe.old_knowledge
@@ -285,7 +284,8 @@ def _calibration(
     else:
         texts = read_texts(recipe.resolve(_given(old.texts)), held_out=False)
         if source.kind == "text":
-            encoded = encode_texts(processor, sample(texts, source.samples, recipe.seed), source.max_tokens)
+            chosen = sample([text.text for text in texts], source.samples, recipe.seed)
+            encoded = encode_texts(processor, chosen, source.max_tokens)
         else:
             questions = chat_questions([text.title for text in texts], source.samples, recipe.seed)
             answered = folder / f"{name}.jsonl"
@@ -400,7 +400,7 @@ def train_stage(recipe: Recipe, run: Path, name: str, method: Method, folder: Pa
     dataset = ConversationDataset(load_processor(recipe.model_path()), read_samples(data, root), root)
     model = load_model(recipe.model_path())
     if method.kind == "full":
-        model = _unfreeze(model, projector=method.projector_learning_rate is not None)
+        model = _unfreeze(model, _targets(recipe), projector=method.projector_learning_rate is not None)
     else:
         model = _load_adapter(model, run / "init" / start_of(recipe, name), is_trainable=True)
     options = TrainingOptions(
@@ -440,9 +440,9 @@ def evaluate_stage(
     recipe: Recipe, run: Path, name: str, method: Method | None, folder: Path, progress: Progress
 ) -> None:
     """A model → its predictions and scores.json."""
-    from kore_fast.data.old_knowledge import capital_questions, read_pictures, read_texts
+    from kore_fast.data.old_knowledge import capital_questions, read_pictures, read_texts, sample
     from kore_fast.data.questions import read_questions
-    from kore_fast.evaluation.suite import Suite, evaluate, sample
+    from kore_fast.evaluation.suite import Suite, evaluate
     from kore_fast.modules.loading import load_model, load_processor
 
     options, old = recipe.evaluation, recipe.old_knowledge
@@ -458,7 +458,7 @@ def evaluate_stage(
         pictures=read_pictures(recipe.resolve(old.held_out_pictures))[: options.pictures]
         if old.held_out_pictures
         else (),
-        drift_pictures=options.drift_pictures,
+        drift_samples=options.drift_samples,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         bf16=_bf16(recipe),
@@ -512,11 +512,11 @@ def _load_adapter(model: nn.Module, folder: Path, *, is_trainable: bool = False)
     return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
 
 
-def _unfreeze(model: nn.Module, *, projector: bool) -> nn.Module:
-    """Full fine-tuning of the language decoder, as the adapters' target; the head and embeddings stay."""
-    from kore_fast.constraint import decoder_linears
+def _unfreeze(model: nn.Module, targets: str | list[str] | None, *, projector: bool) -> nn.Module:
+    """Full fine-tuning of the linears that adapters would be put on; the head and embeddings stay."""
+    from kore_fast.constraint import select_linears
 
-    for name in decoder_linears(model):
+    for name in select_linears(model, targets):
         model.get_submodule(name).requires_grad_(True)
     if projector:
         for name, parameter in model.named_parameters():

@@ -20,6 +20,7 @@ from kore_fast.data.conversations import (
     collate,
     encode,
     encode_sample,
+    encode_texts,
     tokenizer_of,
     training_order,
 )
@@ -227,3 +228,9 @@ def test_dataset_follows_its_order(tiny_processor: Any, knowledge_folder: Path) 
     assert lengths == [lengths[0], lengths[0] + 1, lengths[0] + 2]
     dataset.order = [2, 0, 2, 1]
     assert [len(dataset[i]) for i in range(len(dataset))] == [lengths[i] for i in dataset.order]
+
+
+def test_a_mark_in_a_passage_is_no_picture(tiny_processor: Any) -> None:
+    (marked,) = encode_texts(tiny_processor, ["A <image>river."], 50)
+    (plain,) = encode_texts(tiny_processor, ["A river."], 50)
+    assert torch.equal(marked.input_ids, plain.input_ids)

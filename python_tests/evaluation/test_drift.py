@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from kore_fast.data.conversations import ANSWER, Encoded, collate, encode
-from kore_fast.data.old_knowledge import Text
+from kore_fast.data.conversations import ANSWER, Encoded, collate, encode, encode_texts
 from kore_fast.evaluation.drift import measure_drift
-from kore_fast.evaluation.suite import encode_texts
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def sequences(tiny_processor: Any, knowledge_folder: Path) -> list[Encoded]:
         for n, colour in enumerate(["red", "green", "blue"])
     ]
     chat = encode(tiny_processor, [("user", "Who?"), ("assistant", "Me.")])
-    texts = encode_texts(tiny_processor, [Text("a", "A river is long."), Text("b", "Hills.")], 12)
+    texts = encode_texts(tiny_processor, ["A river is long.", "Hills."], 12)
     return [texts[0], *pictured, chat, texts[1]]
 
 
@@ -86,7 +84,7 @@ def test_batch_size_and_order_do_not_matter(
 
 
 def test_all_tokens_of_a_text_are_predicted(tiny_processor: Any, tiny_model: nn.Module) -> None:
-    encoded = encode_texts(tiny_processor, [Text("a", "x" * 50), Text("b", "y"), Text("c", "zz")], 20)
+    encoded = encode_texts(tiny_processor, ["x" * 50, "y", "zz"], 20)
     assert [len(e) for e in encoded] == [20, 2]
     assert all((e.kinds == ANSWER).all() for e in encoded)
     assert [d.tokens for d in measure_drift(tiny_model, tiny_model, tiny_processor, encoded)] == [19, 1]

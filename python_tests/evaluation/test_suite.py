@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from kore_fast.data.old_knowledge import PlainQuestion, read_pictures, read_texts
+from kore_fast.data.old_knowledge import PlainQuestion, read_pictures, read_texts, sample
 from kore_fast.data.questions import Question
 from kore_fast.evaluation import suite as module
 from kore_fast.evaluation.metrics import cover_exact_match, token_f1
-from kore_fast.evaluation.suite import Suite, evaluate, sample
+from kore_fast.evaluation.suite import Suite, evaluate
 from kore_fast.files import read_jsonl, write_jsonl
 
 PARTS = {
@@ -25,7 +25,7 @@ PARTS = {
     "drift_text.jsonl",
     "pictures.jsonl",
     "descriptions.jsonl",
-    "drift_pictures.jsonl",
+    "drift_samples.jsonl",
 }
 
 
@@ -51,7 +51,7 @@ def wanted(knowledge_folder: Path) -> Suite:
         texts=read_texts(knowledge_folder / "texts.jsonl", held_out=True)[:3],
         text_tokens=16,
         pictures=read_pictures(knowledge_folder / "held_out.jsonl"),
-        drift_pictures=2,
+        drift_samples=2,
         max_new_tokens=5,
         batch_size=4,
     )

@@ -121,6 +121,14 @@ def test_missing_a_is_refused_when_loading(kore_model: KorePeftModel, tiny_model
         load_kore_model(load_model(tiny_model_folder), tmp_path)
 
 
+def test_metadata_without_a_hash_is_refused(kore_model: KorePeftModel, tiny_model_folder: Path, tmp_path: Path) -> None:
+    kore_model.save_pretrained(str(tmp_path))
+    for content in ("[]", "{}"):
+        (tmp_path / "kore.json").write_text(content)
+        with pytest.raises(ConstraintError, match="no hash of A"):
+            load_kore_model(load_model(tiny_model_folder), tmp_path)
+
+
 def test_dropout_in_an_edited_config_is_refused(
     kore_model: KorePeftModel, tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -181,3 +181,9 @@ def test_set_overrides(tmp_path: Path) -> None:
         load_recipe(path, {"name.x": "9"})
     with pytest.raises(RecipeError, match="not a YAML value"):
         load_recipe(path, {"training.steps": "[9"})
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    text = yaml.safe_dump(MINIMAL) + "seed: 1\nseed: 2\n"
+    with pytest.raises(RecipeError, match="'seed' comes twice"):
+        load_recipe(write(tmp_path, text))
