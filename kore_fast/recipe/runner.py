@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import kore_fast
-from kore_fast.errors import RecipeError
+from kore_fast.errors import KoreError, RecipeError
 from kore_fast.files import read_json, write_json
 from kore_fast.progress import Progress, RunClock, bar, minutes
 
@@ -21,6 +22,7 @@ STATE = "stage.json"
 # Weights and covariances are told apart by their ends and their size; hashing a 7B model in full takes a minute.
 _LARGE = 64 << 20
 _EDGE = 1 << 20
+_SCARCE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def run_stages(run: Path, stages: Sequence[Stage], *, show: Progress = bar) -> N
             _empty(folder)
         write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": False})
         _say(f"{head}: {minutes(clock.left())} left in all")
-        with clock.timed(stage.name):
+        with clock.timed(stage.name), _telling_a_full_disk(folder, stage.name):
             stage.work(folder, show)
         lacking = [name for name in stage.produces if not (folder / name).exists()]
         assert not lacking, f"{stage.name} did not write {lacking}"
@@ -81,6 +83,23 @@ def run_stages(run: Path, stages: Sequence[Stage], *, show: Progress = bar) -> N
         files.pop(STATE)
         done = {"stage": stage.name, "fingerprint": fingerprint, "done": True, "files": files}
         write_json(folder / STATE, done)
+
+
+@contextmanager
+def _telling_a_full_disk(folder: Path, name: str) -> Iterator[None]:
+    """Libraries report a full disk each in their own words (a RuntimeError of torch.save, a SafetensorError)."""
+    try:
+        yield
+    except KoreError:
+        raise
+    except Exception as error:
+        if shutil.disk_usage(folder).free >= _SCARCE:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(
+            f"{name}: the disk that holds {folder} is full ({reason}); free some space and give the same command again: "
+            "finished work is kept"
+        ) from error
 
 
 def _say(text: str) -> None:

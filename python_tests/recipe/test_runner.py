@@ -185,3 +185,16 @@ def test_a_broken_state_is_not_trusted(kitchen: Kitchen, spoil: Callable[[Path],
     kitchen.cook()
     spoil(kitchen.run / "c" / STATE)
     assert kitchen.cook() == ["c"]
+
+
+def test_a_full_disk_is_said_whatever_the_library_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(folder: Path, progress: Progress) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nmore lines")
+
+    stage = Stage("train", options={}, inputs=[], work=work)
+    with pytest.raises(RuntimeError, match="enforce fail"):
+        run_stages(tmp_path, [stage], show=silent)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(RecipeError, match=r"train: the disk that holds .*train is full .*unexpected pos"):
+        run_stages(tmp_path, [stage], show=silent)
