@@ -97,8 +97,8 @@ def _telling_a_full_disk(folder: Path, name: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0]
         raise RecipeError(
-            f"{name}: the disk that holds {folder} is full ({reason}); free some space and give the same command again: "
-            "finished work is kept"
+            f"{name}: the disk that holds {folder} is full ({reason}); free some space, then give the same command "
+            "again: finished work is kept"
         ) from error
 
 

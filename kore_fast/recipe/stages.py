@@ -110,7 +110,7 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
                 inputs=[*models, *_read(recipe, *old)],
                 work=lambda folder, progress: covariance_stage(recipe, folder, progress),
                 produces=[f"{source}.safetensors" for source in recipe.covariance.sources],
-                seconds=120,
+                seconds=60,
             )
         )
     for method_name, method in recipe.methods.items():
@@ -150,7 +150,7 @@ def _method_stages(
             inputs=[*models, *covariances],
             work=lambda folder, progress: init_stage(recipe, run, method, folder, progress),
             produces=("adapter_model.safetensors", "adapter_config.json", "leak.csv"),
-            seconds=70,
+            seconds=25,
         )
     data = "samples.json" if method.samples == "augmented" else "knowledge.json"
     yield Stage(
@@ -168,7 +168,7 @@ def _method_stages(
         ],
         work=lambda folder, progress: train_stage(recipe, run, name, method, folder, progress),
         produces=("loss.csv", "model" if method.kind == "full" else "adapter"),
-        seconds=1.6 * steps,
+        seconds=0.55 * steps * recipe.training.batch_size,
     )
 
 
