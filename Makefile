@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-short test test-all lint format install clean help
+.PHONY: quickstart quickstart-short test test-all bench lint format install clean help
 
 help:
-	@sed -n 's/^# //p' Makefile; echo; echo "targets: quickstart quickstart-short test test-all lint format install clean"
+	@sed -n 's/^# //p' Makefile; echo; echo "targets: quickstart quickstart-short test test-all bench lint format install clean"
 
 $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
