@@ -61,9 +61,10 @@ def _run(options: argparse.Namespace) -> int:
     from kore_fast.allocation import keep_freed_memory
     from kore_fast.errors import RecipeError
     from kore_fast.modules.loading import quiet_transformers
+    from kore_fast.recipe.checks import prepare
     from kore_fast.recipe.runner import run_stages
-    from kore_fast.recipe.schema import load_recipe
-    from kore_fast.recipe.stages import BASE, build_stages, prepare
+    from kore_fast.recipe.schema import BASE, load_recipe
+    from kore_fast.recipe.stages import build_stages
 
     keep_freed_memory()
     if not options.verbose:

@@ -208,11 +208,11 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_interrupt_says_how_to_go_on(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import kore_fast.recipe.stages as stages
+    import kore_fast.recipe.work as work
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "augment_stage", stop)
+    monkeypatch.setattr(work, "augment", stop)
     assert main(["augment", str(recipe_file), "--run", str(tmp_path / "run")]) == 130
     assert "the same command continues from here" in capsys.readouterr().err

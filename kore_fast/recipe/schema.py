@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kore_fast.augmentation import AugmentationOptions
 from kore_fast.errors import ConstraintError, RecipeError
 
+BASE = "base"
+"""The untouched model's name among the methods."""
 _BASE_FOLDER = "base_folder"
 
 
@@ -115,7 +118,13 @@ class Method(Section):
 
     @property
     def frozen_a(self) -> bool:
+        """Whether A stays as it starts."""
         return self.kind == "kore" if self.freeze_a is None else self.freeze_a
+
+    @property
+    def trained_whole(self) -> list[str] | None:
+        """Modules that are trained in full beside the adapter."""
+        return ["multi_modal_projector"] if self.projector_learning_rate is not None else None
 
     @model_validator(mode="after")
     def _consistent(self) -> Method:
@@ -192,6 +201,41 @@ class Recipe(Section):
         """A path of the recipe, relative to its folder."""
         return (self.base_folder / path).resolve()
 
+    @property
+    def targets(self) -> str | list[str] | None:
+        """The layers that are constrained or adapted, see `select_linears`."""
+        return self.covariance.target_modules if self.covariance else None
+
+    @property
+    def source_weights(self) -> dict[str, float] | None:
+        """Weight of each source in the covariance."""
+        return {name: s.weight for name, s in self.covariance.sources.items()} if self.covariance else None
+
+    def bf16(self) -> bool:
+        """Whether to compute in bfloat16 on this machine."""
+        from kore_fast.modules.loading import preferred_precision
+
+        if self.training.precision == "auto":
+            return preferred_precision() == torch.bfloat16
+        return self.training.precision == "bf16"
+
+    def seed_of(self, method: Method) -> int:
+        """Of a random A and of the order of samples."""
+        return self.seed if method.seed is None else method.seed
+
+    def start_options(self, method: Method) -> dict[str, Any]:
+        """What decides the adapter that a method starts from."""
+        options = method.model_dump(mode="json", include={"kind", "rank", "alpha", "lora_dropout"})
+        # A null space has no chance in it.
+        seed = None if method.kind == "kore" else self.seed_of(method)
+        return {**options, "frozen_a": method.frozen_a, "whole": method.trained_whole, "seed": seed}
+
+    def start_of(self, name: str) -> str:
+        """The method whose start ``name`` trains from: the first with the same options for it, so that a grid of
+        learning rates takes one solve."""
+        wanted = self.start_options(self.methods[name])
+        return next(other for other, method in self.methods.items() if self.start_options(method) == wanted)
+
     def model_path(self) -> str:
         """The model's folder, or its hub name."""
         folder = self.resolve(self.model.path)
@@ -200,7 +244,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for name, method in self.methods.items():
-            if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
+            if name == BASE or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"method {name!r}: name it with letters, digits, '-', '_' ('base' is taken)")
             if method.kind == "kore" and self.covariance is None:
                 raise ValueError(f"method {name!r} needs covariances: add a 'covariance' section")

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from kore_fast.cli import main
 from kore_fast.errors import ConstraintError, DataError, RecipeError
+from kore_fast.recipe.checks import prepare
 from kore_fast.recipe.schema import load_recipe
-from kore_fast.recipe.stages import build_stages, prepare
+from kore_fast.recipe.stages import build_stages
 
 STAGES = [
     "augment",

@@ -171,11 +171,10 @@ def main() -> None:
     on_first = [job for job in everything if job.seed == first]
     if not options.table:
         from kore_fast.recipe.schema import load_recipe
-        from kore_fast.recipe.stages import start_of
 
         expanded = load_recipe(recipe)
         adapted = [name for name, method in expanded.methods.items() if method.kind != "full"]
-        runner.shared(dict.fromkeys(start_of(expanded, name) for name in adapted))
+        runner.shared(dict.fromkeys(expanded.start_of(name) for name in adapted))
         write_json(KEPT / f"{BASE}.json", read_json(run / "evaluate" / BASE / "scores.json"))
         if runner.jobs(on_first):
             chosen = choose({job: scores for job in on_first if (scores := runner.scores(job)) is not None})

@@ -1,0 +1,71 @@
+"""Calibration: old knowledge as batches for the covariance, in every form in which it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kore_fast.files import read_jsonl, write_jsonl
+from kore_fast.progress import Progress
+from kore_fast.recipe.schema import CalibrationSource, Recipe
+
+
+def calibration_batches(
+    recipe: Recipe,
+    name: str,
+    source: CalibrationSource,
+    model: nn.Module,
+    processor: Any,
+    folder: Path,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    from kore_fast.data.conversations import by_length, collate, encode, encode_texts, tokenizer_of
+    from kore_fast.data.old_knowledge import chat_questions, picture_prompts, read_pictures, read_texts, sample
+    from kore_fast.evaluation.generation import Prompt, generate_answers
+    from kore_fast.evaluation.naming import OPENING, name_phrase
+
+    assert recipe.covariance is not None
+    old = recipe.old_knowledge
+    if source.kind == "pictures":
+        assert old.pictures is not None, "the recipe's schema checks it"
+        pictures = sample(read_pictures(recipe.resolve(old.pictures)), source.samples, recipe.seed)
+        prompts = picture_prompts()
+        encoded = [
+            encode(
+                processor,
+                [("user", f"<image>\n{prompts[i % len(prompts)]}"), ("assistant", f"{OPENING} {name_phrase(p.name)}.")],
+                [p.path],
+            )
+            for i, p in enumerate(pictures)
+        ]
+    else:
+        assert old.texts is not None, "the recipe's schema checks it"
+        texts = read_texts(recipe.resolve(old.texts), held_out=False)
+        if source.kind == "text":
+            chosen = sample([text.text for text in texts], source.samples, recipe.seed)
+            encoded = encode_texts(processor, chosen, source.max_tokens)
+        else:
+            questions = chat_questions([text.title for text in texts], source.samples, recipe.seed)
+            answered = folder / f"{name}.jsonl"
+            if not answered.exists():
+                answers = generate_answers(
+                    model,
+                    processor,
+                    [Prompt(question.text) for question in questions],
+                    max_new_tokens=source.max_tokens,
+                    bf16=recipe.bf16(),
+                    progress=progress,
+                    label=f"the model's own answers for {name}",
+                )
+                pairs = zip(questions, answers, strict=True)
+                write_jsonl(answered, ({"id": q.id, "question": q.text, "answer": a} for q, a in pairs if a))
+            rows = [row for _, row in read_jsonl(answered)]
+            encoded = [encode(processor, [("user", r["question"]), ("assistant", r["answer"])]) for r in rows]
+    pad = tokenizer_of(processor).pad_token_id
+    return [
+        # The head is not needed to see the inputs of the layers below it.
+        {**collate([encoded[i] for i in rows], pad, position_weights=source.positions), "logits_to_keep": 1}
+        for rows in by_length([len(e) for e in encoded], recipe.covariance.batch_size)
+    ]

@@ -1,0 +1,290 @@
+"""The work of each stage: it reads files, calls the rooms below, writes files. Stages meet nowhere else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kore_fast.files import read_json, write_json, write_text
+from kore_fast.progress import Progress
+from kore_fast.recipe.calibration import calibration_batches
+from kore_fast.recipe.schema import BASE, Method, Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from kore_fast.constraint import CovarianceStore
+    from kore_fast.modules.adapter import KorePeftModel
+
+
+def augment(recipe: Recipe, folder: Path) -> None:
+    """Items → samples.json, knowledge.json, questions.jsonl, summary.json."""
+    from kore_fast.augmentation import augment
+    from kore_fast.augmentation.wordings import wordings_beside
+    from kore_fast.data.items import load_items
+    from kore_fast.data.questions import write_questions
+    from kore_fast.data.samples import write_samples
+
+    path = recipe.resolve(recipe.items)
+    made = augment(load_items(path), recipe.augmentation, wordings=wordings_beside(path))
+    write_samples(folder / "samples.json", made.samples)
+    write_samples(folder / "knowledge.json", made.knowledge)
+    write_questions(folder / "questions.jsonl", made.questions)
+    write_json(folder / "summary.json", made.summary)
+
+
+def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
+    """Old knowledge → one store a source. A source whose file is whole is not collected again."""
+    from kore_fast.constraint import CovarianceStore, collect_covariance
+    from kore_fast.constraint.collection import warn_if_few_tokens
+    from kore_fast.modules.loading import load_model, load_processor
+
+    assert recipe.covariance is not None
+    processor = load_processor(recipe.model_path())
+    model: nn.Module | None = None
+    for name, source in recipe.covariance.sources.items():
+        path = folder / f"{name}.safetensors"
+        if path.exists():
+            continue
+        model = model or load_model(recipe.model_path())
+        batches = calibration_batches(recipe, name, source, model, processor, folder, progress)
+        store = collect_covariance(
+            model,
+            batches,
+            source=name,
+            target_modules=recipe.targets,
+            about=source.model_dump(mode="json"),
+            memory_limit=recipe.covariance.memory_limit,
+            progress=lambda items: progress(items, len(batches), f"covariance of {name}"),  # noqa: B023
+            warn_few_tokens=False,
+        )
+        store.save(path)
+    warn_if_few_tokens(CovarianceStore.load(folder))
+
+
+def init(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Progress) -> None:
+    """Covariances → an adapter to start from, and the leak of its A in every layer."""
+    from kore_fast.constraint import CovarianceStore
+    from kore_fast.constraint.leak import LayerLeak, leak_report
+    from kore_fast.modules.adapter import lora_layers
+    from kore_fast.modules.loading import load_model
+
+    model = load_model(recipe.model_path())
+    store = CovarianceStore.load(run / "covariance") if recipe.covariance else None
+    weights = recipe.source_weights
+    rows: list[dict[str, Any]] = []
+    if method.kind == "kore":
+        assert store is not None
+        adapted = _kore_start(recipe, method, model, store, weights, progress)
+        rows = adapted.kore["leaks"]
+    else:
+        adapted = _lora_start(recipe, method, model)
+        if store is not None:
+            layers = lora_layers(adapted)
+            A = {name: layer.lora_A["default"].weight for name, layer in layers.items()}
+            base = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+            rows = [asdict(leak) for leak in leak_report(A, base, store, weights)]
+    adapted.save_pretrained(str(folder))
+    # PEFT's model card template, with nothing filled in.
+    (folder / "README.md").unlink(missing_ok=True)
+    write_text(folder / "leak.csv", _csv(rows, [f.name for f in fields(LayerLeak)]))
+
+
+def _kore_start(
+    recipe: Recipe,
+    method: Method,
+    model: nn.Module,
+    store: CovarianceStore,
+    weights: dict[str, float] | None,
+    progress: Progress,
+) -> KorePeftModel:
+    from kore_fast.constraint import KoreConfig, get_kore_model
+
+    assert method.rank is not None
+    config = KoreConfig(
+        rank=method.rank,
+        target_modules=recipe.targets,
+        source_weights=weights,
+        train_a=not method.frozen_a,
+        modules_to_save=method.trained_whole,
+    )
+
+    def show(layers: Iterable[str]) -> Iterable[str]:
+        listed = list(layers)
+        return progress(listed, len(listed), "null spaces")
+
+    return get_kore_model(model, config, store, progress=show)
+
+
+def _lora_start(recipe: Recipe, method: Method, model: nn.Module) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+
+    from kore_fast.constraint.selection import select_linears, target_pattern
+    from kore_fast.modules.adapter import as_kore_model, model_lora_a_hash
+
+    assert method.rank is not None
+    names = select_linears(model, recipe.targets)
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha or method.rank,
+        lora_dropout=method.lora_dropout,
+        target_modules=target_pattern(names, [name for name, _ in model.named_modules()]),
+        modules_to_save=method.trained_whole,
+    )
+    torch.manual_seed(recipe.seed_of(method))
+    adapted = get_peft_model(model, config)
+    if not method.frozen_a:
+        return adapted
+    kore = {"format": "kore_fast.adapter/1", "rank": method.rank, "train_a": False}
+    return as_kore_model(adapted, {**kore, "lora_a_sha256": model_lora_a_hash(adapted)})
+
+
+def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, progress: Progress) -> None:
+    """Start and samples → a trained adapter (or a whole model), and the loss log."""
+    from kore_fast.data.conversations import ConversationDataset
+    from kore_fast.data.samples import read_samples
+    from kore_fast.modules.loading import load_model, load_processor
+    from kore_fast.training.loop import TrainingOptions, train, write_loss
+
+    data = run / "augment" / ("samples.json" if method.samples == "augmented" else "knowledge.json")
+    root = recipe.resolve(recipe.items).parent
+    dataset = ConversationDataset(load_processor(recipe.model_path()), read_samples(data, root), root)
+    model = load_model(recipe.model_path())
+    if method.kind == "full":
+        model = _unfreeze(model, recipe.targets, projector=method.projector_learning_rate is not None)
+    else:
+        model = _load_adapter(model, run / "init" / recipe.start_of(name), is_trainable=True)
+    options = TrainingOptions(
+        learning_rate=method.learning_rate,
+        steps=method.steps or recipe.training.steps,
+        batch_size=recipe.training.batch_size,
+        accumulation=recipe.training.accumulation,
+        warmup_ratio=recipe.training.warmup_ratio,
+        weight_decay=method.weight_decay,
+        seed=recipe.seed_of(method),
+        bf16=recipe.bf16(),
+        checkpoint_every=recipe.training.checkpoint_every,
+        projector_learning_rate=method.projector_learning_rate,
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = train(model, dataset, options, folder / "checkpoints", progress=progress, label=f"train {name}")
+    model.save_pretrained(str(folder / ("model" if method.kind == "full" else "adapter")))  # type: ignore[operator]
+    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    write_loss(folder / "loss.csv", rows)
+    write_json(
+        folder / "settings.json",
+        {
+            "trained_parameters": trained,
+            "samples": method.samples,
+            "sample_count": len(dataset.samples),
+            "batch_size": recipe.training.batch_size * recipe.training.accumulation,
+            "steps": options.steps,
+            "learning_rate": options.learning_rate,
+            "rank": method.rank,
+            "frozen_a": method.kind != "full" and method.frozen_a,
+        },
+    )
+    shutil.rmtree(folder / "checkpoints")
+
+
+def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder: Path, progress: Progress) -> None:
+    """A model → its predictions and scores.json."""
+    from kore_fast.data.old_knowledge import capital_questions, read_pictures, read_texts, sample
+    from kore_fast.data.questions import read_questions
+    from kore_fast.evaluation.suite import Suite, evaluate
+    from kore_fast.modules.loading import load_model, load_processor
+
+    options, old = recipe.evaluation, recipe.old_knowledge
+    questions = read_questions(run / "augment" / "questions.jsonl")
+    suite = Suite(
+        questions=sample(questions, options.questions, recipe.evaluation.seed),
+        image_root=recipe.resolve(recipe.items).parent,
+        capitals=capital_questions() if options.capitals else (),
+        texts=sample(read_texts(recipe.resolve(old.texts), held_out=True), options.texts, recipe.evaluation.seed)
+        if old.texts
+        else (),
+        text_tokens=options.text_tokens,
+        pictures=read_pictures(recipe.resolve(old.held_out_pictures))[: options.pictures]
+        if old.held_out_pictures
+        else (),
+        drift_samples=options.drift_samples,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        bf16=recipe.bf16(),
+    )
+    base = load_model(recipe.model_path())
+    settings: dict[str, Any] = {}
+    model = base
+    if method is not None:
+        trained = run / "train" / name
+        settings = read_json(trained / "settings.json")
+        if method.kind == "full":
+            model = load_model(trained / "model")
+        else:
+            model = _load_adapter(load_model(recipe.model_path()), trained / "adapter").merge_and_unload()  # type: ignore[operator]
+    metrics = evaluate(
+        model,
+        base,
+        load_processor(recipe.model_path()),
+        suite,
+        folder,
+        base_folder=None if method is None else run / "evaluate" / BASE,
+        progress=progress,
+    )
+    write_json(
+        folder / "scores.json",
+        {
+            "method": name,
+            "kind": BASE if method is None else method.kind,
+            "seed": recipe.seed if method is None else recipe.seed_of(method),
+            "trained_parameters": settings.pop("trained_parameters", 0),
+            "settings": settings,
+            "metrics": metrics,
+        },
+    )
+
+
+def report(recipe: Recipe, run: Path) -> None:
+    """Everything above → report/."""
+    from kore_fast.report import build_report
+
+    build_report(run, title=recipe.title or recipe.name, base_model=recipe.model_path(), note=recipe.note)
+
+
+def _load_adapter(model: nn.Module, folder: Path, *, is_trainable: bool = False) -> nn.Module:
+    from peft import PeftModel
+
+    from kore_fast.modules.adapter import is_kore_adapter, load_kore_model
+
+    if is_kore_adapter(folder):
+        return load_kore_model(model, folder, is_trainable=is_trainable)
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+
+
+def _unfreeze(model: nn.Module, targets: str | list[str] | None, *, projector: bool) -> nn.Module:
+    """Full fine-tuning of the linears that adapters would be put on; the head and embeddings stay."""
+    from kore_fast.constraint import select_linears
+
+    for name in select_linears(model, targets):
+        model.get_submodule(name).requires_grad_(True)
+    if projector:
+        for name, parameter in model.named_parameters():
+            if "multi_modal_projector" in name:
+                parameter.requires_grad_(True)
+    return model
+
+
+def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
