@@ -25,7 +25,7 @@ PARTS = {
     "drift_text.jsonl",
     "pictures.jsonl",
     "descriptions.jsonl",
-    "drift_samples.jsonl",
+    "drift_pictures.jsonl",
 }
 
 
