@@ -11,9 +11,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> bool:
     """Stop glibc from giving large buffers back to the system after every use; True where that was possible.
 
-    By default each buffer of more than a few MiB is mapped anew and every page of it cleared at first touch. On a CPU
-    that takes longer than many an operation on it. The process's peak memory stays what it was; it does not shrink
-    between peaks.
+    By default each large buffer is mapped anew and every page of it cleared at first touch. In return the process does
+    not shrink between peaks; the peak of a training step of the tiny VLM grew by 2 to 3 %.
     """
     if not sys.platform.startswith("linux"):
         return False

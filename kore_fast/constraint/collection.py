@@ -123,7 +123,7 @@ def collect_covariance(
         about: what the source is (JSON), kept in the store.
         memory_limit: bytes that accumulators may take. A distinct input of width d takes 8·d² bytes; what does not fit
             is collected in further passes over the batches. Without a limit, one pass and 8·Σd² bytes (0.8 GB for the
-            135M model of the quickstart, 41 GB for LLaVA-7B).
+            135M model of the quickstart, 44 GB for LLaVA-7B).
         progress: wraps the batches of each pass, for a progress bar.
         warn_few_tokens: see `warn_if_few_tokens`; off when other sources will be added.
 
