@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ def train(
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    with _fast_attention(model, bf16=options.bf16):
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     if isinstance(model, KorePeftModel):
         check_lora_a(model)
     model.eval()
@@ -204,6 +206,26 @@ def train(
         for row in trainer.state.log_history
         if "loss" in row
     ]
+
+
+@contextmanager
+def _fast_attention(model: nn.Module, *, bf16: bool) -> Iterator[None]:
+    """Attention as plain products where that is faster: on a CPU in bfloat16.
+
+    The backward of torch's fused attention takes two to seven times as long there (4 × 9 heads of 106 to 323 tokens,
+    torch 2.13): a fifth of a whole step. Plain products keep heads · tokens² scores a layer in memory.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = getattr(base, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    if not bf16 or before != "sdpa" or next(base.parameters()).device.type != "cpu":
+        yield
+        return
+    base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
 
 
 def _log_every(options: TrainingOptions) -> int:
