@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 
@@ -12,7 +13,8 @@ def keep_freed_memory() -> bool:
     """Stop glibc from giving large buffers back to the system after every use; True where that was possible.
 
     By default each large buffer is mapped anew and every page of it cleared at first touch. In return the process does
-    not shrink between peaks; the peak of a training step of the tiny VLM grew by 2 to 3 %.
+    not shrink between peaks, and where sizes change from step to step the heap grows holes: 12 GB after 120 steps of
+    full fine-tuning that need 5. `release_freed_memory` now and then gives the holes back.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -21,3 +23,10 @@ def keep_freed_memory() -> bool:
     except AttributeError:
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_TOP_PAD, 256 << 20))
+
+
+def release_freed_memory() -> None:
+    """Give what is free inside the heap back to the system once; the pages are cleared anew when next used."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

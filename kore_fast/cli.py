@@ -113,7 +113,14 @@ def _env() -> int:
             print(f"{package:<13} not installed")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"devices       {', '.join(devices) or 'CPU'}, {torch.get_num_threads()} threads")
-    print("backends      reference (plain PyTorch) for covariance and nullspace")
+    from kore_fast.ops.backends import describe
+    from kore_fast.ops.native.library import describe as native
+
+    print(f"native build  {native()}")
+    for device in ["cpu", *(["cuda"] if devices else [])]:
+        for backend, reason in describe("covariance", torch.device(device)):
+            print(f"covariance    {backend} on {device}: {reason or 'yes'}")
+    print("nullspace     reference (float64 eigh)")
     return 0
 
 

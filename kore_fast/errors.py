@@ -21,3 +21,7 @@ class StoreError(KoreError):
 
 class ConstraintError(KoreError):
     """The constraint cannot be built or no longer holds: rank, activations, weight decay, dropout, a changed A."""
+
+
+class BackendError(KoreError):
+    """A backend of an operation was asked for that does not exist or can't run here."""

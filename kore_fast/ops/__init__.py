@@ -1,6 +1,7 @@
-"""The operations of KORE. Each module holds an operation's interface and its choice of backend.
+"""The operations of KORE. Each module holds an operation's interface; `backends` holds the choice between backends.
 
-``reference/`` beside them holds the plain PyTorch truth under the same file names.
+Beside them, under the same file names: ``reference/``, the plain PyTorch truth; ``native/``, what csrc/ compiles;
+``triton/``, the portable GPU kernels.
 """
 
 from kore_fast.ops.covariance import covariance_update_, finalize, new_count

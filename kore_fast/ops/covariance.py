@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from kore_fast.ops.reference import covariance as reference
+from kore_fast.ops.backends import Backend, choose
 
 # What the three entries of a count mean.
 TOKENS, WEIGHT, NONFINITE = 0, 1, 2
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("kore_fast", "FRAGMENT")
+_library.define(
+    "covariance_update_(Tensor(a!) C, Tensor(b!) count, Tensor x, Tensor? mask=None, Tensor? scale=None, *, "
+    'str backend="auto") -> ()'
+)
 
 
 def new_count(*group: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -21,24 +28,99 @@ def covariance_update_(
     x: torch.Tensor,
     mask: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    *,
+    backend: Backend = "auto",
 ) -> None:
     """Add the rows of ``x`` to the **lower triangle** of ``C`` and to ``count``, both in place.
 
+    Also ``torch.ops.kore_fast.covariance_update_``, for graphs.
+
     Args:
-        C: (*group, d, d), float64 or float32; what stands above the diagonal is undefined until `finalize`.
+        C: (*group, d, d), float64 or float32, row-major; above the diagonal it is undefined until `finalize`.
         count: (*group, 3) float64: tokens added, their summed weight, rows dropped for a NaN or an infinity.
-        x: (*group, …, d) in any floating dtype and stride; every dimension between group and d counts as tokens.
+        x: (*group, …, d) in float64, float32, bfloat16 or float16 and any stride; every dimension between group and d
+            counts as tokens. No rows add nothing.
         mask: (*group, …) bool or integer, zero where a row is padding and is left out.
         scale: (*group, …) weight w ≥ 0 of each row: the row adds w·x xᵀ. A weight of zero leaves the row out.
+        backend: ``"reference"`` (plain PyTorch, all sums in C's dtype), ``"native"`` (compiled), ``"triton"``, or
+            ``"auto"``: the fastest that is there (see `kore_fast.ops.backends.choose`).
 
-    Rows with a non-finite value are dropped and counted. Nothing is copied to the host.
-    The result depends on the order of the calls only through rounding of float64 sums.
+    Rows with a value or a weight that is not finite, or of negative weight, are dropped and counted. Nothing is copied
+    to the host. The fast backends sum products of up to 256 tokens in float32 and those sums in C's dtype (exactly in
+    float64 where x is float64), in an order that does not depend on the machine's threads.
 
     Raises:
-        ValueError: shapes that do not fit; names them.
+        ValueError: shapes, dtypes or devices that do not fit, a C or count that overlaps itself; names them. C and
+            count are then as they were.
+        BackendError: a backend that can't run here; says what to install.
     """
-    group, d = C.shape[:-2], C.shape[-1]
-    if C.shape[-2] != d or x.shape[-1] != d or x.shape[: len(group)] != group or x.dim() < len(group) + 2:
+    torch.ops.kore_fast.covariance_update_(C, count, x, mask, scale, backend=backend)
+
+
+def finalize(C: torch.Tensor) -> torch.Tensor:
+    """Mirror the accumulated lower triangle of ``C`` (*group, d, d) upwards, in place; returns ``C``."""
+    return C.copy_(torch.tril(C) + torch.tril(C, -1).mT)
+
+
+@torch.library.impl(_library, "covariance_update_", "CompositeExplicitAutograd")
+def _update(
+    C: torch.Tensor,
+    count: torch.Tensor,
+    x: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> None:
+    _check(C, count, x, mask, scale)
+    if x.numel() == 0:
+        return
+    rows = x.shape[:-1]
+    mask = None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    scale = None if scale is None else scale.detach().to(torch.float64).contiguous()
+    run = choose("covariance", backend, x.device, _preferences(C, x)).covariance_update_
+    groups = C.shape[:-2]
+    if len(groups) <= 1:
+        run(C, count, x.detach(), mask, scale)
+        return
+    # Backends take one group dimension at most.
+    given = [
+        None if rows_of is None else rows_of.reshape(groups.numel(), *rows[len(groups) :]) for rows_of in (mask, scale)
+    ]
+    for number in range(groups.numel()):
+        at = tuple(int(i) for i in torch.unravel_index(torch.tensor(number), groups))
+        run(C[at], count[at], x[at].detach(), *(None if rows_of is None else rows_of[number] for rows_of in given))
+
+
+@torch.library.register_fake("kore_fast::covariance_update_")
+def _(
+    C: torch.Tensor,
+    count: torch.Tensor,
+    x: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> None:
+    _check(C, count, x, mask, scale)
+
+
+def _preferences(C: torch.Tensor, x: torch.Tensor) -> tuple[str, ...]:
+    """Backends in the order in which they are tried, fastest first."""
+    if x.device.type == "cpu":
+        return ("native", "reference")
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return ("native", "triton", "reference")
+    # Float64 products on a GPU's tensor cores are as fast as float32 ones off them, and exact.
+    return ("reference",)
+
+
+def _check(
+    C: torch.Tensor, count: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None, scale: torch.Tensor | None
+) -> None:
+    group, d = C.shape[:-2], C.shape[-1] if C.dim() else 0
+    fits = C.dim() >= 2 and C.shape[-2] == d and x.dim() >= C.dim() and x.shape[-1] == d
+    if not fits or x.shape[: len(group)] != group:
         raise ValueError(
             f"covariance_update_: x {tuple(x.shape)} does not fit C {tuple(C.shape)}: want (*group, tokens, d)"
         )
@@ -49,9 +131,30 @@ def covariance_update_(
             raise ValueError(
                 f"covariance_update_: {name} has shape {tuple(rows.shape)}, want one value a row: {tuple(x.shape[:-1])}"
             )
-    reference.covariance_update_(C, count, x, mask, scale)
+        if rows is not None and rows.device != x.device:
+            raise ValueError(f"covariance_update_: {name} is on {rows.device}, x on {x.device}")
+    if C.dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"covariance_update_: C is {C.dtype}; sums need float64 (or float32)")
+    if count.dtype != torch.float64:
+        raise ValueError(f"covariance_update_: count is {count.dtype}, want float64")
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"covariance_update_: x is {x.dtype}; want float64, float32, bfloat16 or float16")
+    if mask is not None and mask.dtype.is_floating_point:
+        raise ValueError(f"covariance_update_: mask is {mask.dtype}, want bool or integers; weights go into scale")
+    if not C.device == count.device == x.device:
+        raise ValueError(f"covariance_update_: C is on {C.device}, count on {count.device}, x on {x.device}")
+    if d > 1 and C.stride(-1) != 1:
+        raise ValueError(f"covariance_update_: C has strides {C.stride()}, want row-major (the last one 1)")
+    for name, written in (("C", C), ("count", count)):
+        if _overlaps(written):
+            raise ValueError(f"covariance_update_: {name} has strides {written.stride()}: its elements overlap")
 
 
-def finalize(C: torch.Tensor) -> torch.Tensor:
-    """Mirror the accumulated lower triangle of ``C`` (*group, d, d) upwards, in place; returns ``C``."""
-    return reference.finalize(C)
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two indices may share an element: a dimension that steps by less than what lies inside it."""
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < span:
+            return True
+        span = max(span, stride * size) if size > 1 else span
+    return False

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kore_fast.allocation import release_freed_memory
 from kore_fast.data.conversations import IGNORE, ConversationDataset, Encoded, collate, tokenizer_of, training_order
 from kore_fast.errors import ConstraintError
 from kore_fast.files import write_text
@@ -26,6 +27,8 @@ from kore_fast.modules.adapter import KorePeftModel, check_lora_a, refuse_weight
 from kore_fast.progress import Progress, silent
 
 LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+# Steps between which freed memory is kept for the next step.
+_RELEASE_EVERY = 8
 _CHECKPOINT_FILES = ("*model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
@@ -98,13 +101,15 @@ class _Trainer(Trainer):
 
 
 class _ShowSteps(TrainerCallback):
-    """Feeds Trainer's steps to a progress bar and stops with the layer's name when the loss is no number."""
+    """After a step: the progress bar moves, memory is given back; training stops when the loss is no number."""
 
     def __init__(self, progress: Progress, steps: int, label: str) -> None:
         self._shown = iter(progress(range(steps), steps, label))
         self._at = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % _RELEASE_EVERY == 0:
+            release_freed_memory()
         while self._at < state.global_step:
             next(self._shown, None)
             self._at += 1

@@ -30,15 +30,17 @@ def covariance_update_(
     rows = x.detach().reshape(-1, d)
     wanted = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
     if mask is not None:
-        wanted &= mask.reshape(-1).to(rows.device) != 0
+        wanted &= mask.reshape(-1)
+    sound = torch.isfinite(rows).all(dim=-1)
     weights = None
     if scale is not None:
-        weights = scale.reshape(-1).to(device=rows.device, dtype=C.dtype)
+        weights = scale.reshape(-1)
         wanted &= weights != 0
-    finite = torch.isfinite(rows).all(dim=-1)
-    keep = wanted & finite
+        sound &= torch.isfinite(weights) & (weights > 0)
+    keep = wanted & sound
     total = keep.sum() if weights is None else torch.where(keep, weights, torch.zeros_like(weights)).sum()
-    count += torch.stack([keep.sum(), total, (wanted & ~finite).sum()]).to(count)
+    count += torch.stack([keep.sum(), total, (wanted & ~sound).sum()]).to(count)
+    weights = None if weights is None else weights.to(C.dtype)
 
     for start in range(0, rows.shape[0], ROWS):
         stop = start + ROWS
@@ -53,7 +55,3 @@ def covariance_update_(
         for a in range(0, d, PANEL):
             b = min(a + PANEL, d)
             C[a:b, :b].addmm_(left[:, a:b].T, block[:, :b])
-
-
-def finalize(C: torch.Tensor) -> torch.Tensor:
-    return C.copy_(torch.tril(C) + torch.tril(C, -1).mT)

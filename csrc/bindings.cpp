@@ -1,0 +1,24 @@
+// The Python module: importing it registers the CPU kernels; `build` says what was compiled and how.
+// The torch dispatcher carries the operations themselves.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+#include "common/cpu_capability.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kore_fast, library) {
+  library.def(
+      "covariance_update_native_(Tensor(a!) C, Tensor(b!) count, Tensor x, Tensor? mask, Tensor? scale) -> ()");
+}
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Native kernels of kore_fast; their operations are torch.ops.kore_fast.*";
+  pybind11::dict build;
+  build["compiler"] = KORE_FAST_COMPILER;
+  build["torch_headers"] = KORE_FAST_TORCH;
+  build["torch_abi"] = "2.11";
+  build["cuda"] = KORE_FAST_CUDA_TOOLKIT;  // empty: built without
+  build["cuda_architectures"] = KORE_FAST_CUDA_ARCHITECTURES;
+  module.attr("build") = build;
+  module.def("cpu_capability", &kore_fast::cpu_capability_name, "The instruction set that the CPU kernels use.");
+}

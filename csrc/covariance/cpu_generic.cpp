@@ -1,0 +1,10 @@
+// The compiler's own baseline: SSE2 on x86-64, NEON on 64-bit ARM.
+#include "covariance/cpu_kernel.h"
+
+namespace kore_fast {
+extern const CovarianceKernels covariance_generic = {
+    kernel<float, float, 16, 4, 3, 128>(),    kernel<double, double, 16, 2, 3, 128>(),
+    kernel<BFloat16, float, 16, 4, 3, 128>(), kernel<BFloat16, float, 16, 4, 3, 128>(),
+    kernel<Half, float, 16, 4, 3, 128>(),
+};
+}  // namespace kore_fast

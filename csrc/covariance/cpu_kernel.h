@@ -1,0 +1,149 @@
+// The arithmetic of C += XᵀX on a CPU, written once with vector types and compiled once per instruction set.
+//
+// Columns are packed into panels of P = NV vectors, rows (tokens) one after the other. A micro-tile takes MR columns of
+// one panel against all P of another and keeps MR · NV accumulators in registers over DEPTH tokens; then they are
+// promoted to float64. Rounding of the narrow type therefore acts on sums of DEPTH products only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "covariance/cpu.h"
+
+namespace kore_fast {
+namespace {  // each instruction set gets its own copy: the linker must not merge them
+
+template <typename T, int BYTES>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+};
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+inline float widen(Half value) {
+  // Shift exponent and mantissa into place; the product puts the exponent's bias right, also for subnormal numbers.
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  float out;
+  std::memcpy(&out, &magnitude, sizeof out);
+  out *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &out, sizeof bits);
+  bits |= sign;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+template <typename X>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = uint32_t;
+  static constexpr type exponent = 0x7f800000u;
+};
+template <>
+struct Bits<double> {
+  using type = uint64_t;
+  static constexpr type exponent = 0x7ff0000000000000ull;
+};
+template <>
+struct Bits<BFloat16> {
+  using type = uint16_t;
+  static constexpr type exponent = 0x7f80;
+};
+template <>
+struct Bits<Half> {
+  using type = uint16_t;
+  static constexpr type exponent = 0x7c00;
+};
+
+// Whether every value of a row is finite: no exponent of all ones.
+template <typename X>
+bool all_finite(const void* row, int64_t stride, int64_t d) {
+  using B = typename Bits<X>::type;
+  const char* at = static_cast<const char*>(row);
+  B broken = 0;
+  if (stride == 1) {
+    for (int64_t c = 0; c < d; ++c) {
+      B bits;
+      std::memcpy(&bits, at + c * sizeof(X), sizeof bits);
+      broken |= static_cast<B>((bits & Bits<X>::exponent) == Bits<X>::exponent);
+    }
+  } else {
+    for (int64_t c = 0; c < d; ++c) {
+      B bits;
+      std::memcpy(&bits, at + c * stride * sizeof(X), sizeof bits);
+      broken |= static_cast<B>((bits & Bits<X>::exponent) == Bits<X>::exponent);
+    }
+  }
+  return broken == 0;
+}
+
+// Panel of columns [first, first + P) of the rows, times each row's factor, as (tokens, P); columns past d are zero.
+template <typename X, typename T, int P>
+void pack(const Rows& rows, int64_t first, void* out) {
+  T* to = static_cast<T*>(out);
+  const int64_t width = rows.d - first < P ? rows.d - first : P;
+  for (int64_t k = 0; k < rows.count; ++k, to += P) {
+    const X* from = static_cast<const X*>(rows.base) + rows.offset[k] + first * rows.stride;
+    if (rows.stride == 1 && width == P) {
+      for (int c = 0; c < P; ++c) to[c] = widen(from[c]);
+    } else {
+      for (int64_t c = 0; c < width; ++c) to[c] = widen(from[c * rows.stride]);
+      for (int64_t c = width; c < P; ++c) to[c] = 0;
+    }
+    if (rows.factor != nullptr) {
+      const T factor = static_cast<T>(rows.factor[k]);
+      for (int c = 0; c < P; ++c) to[c] *= factor;
+    }
+  }
+}
+
+// sums[r][c] (P × P, float64) += Σ_k a[k][r] · b[k][c] for MR of the rows r, over at most DEPTH tokens.
+template <typename T, int BYTES, int MR, int NV>
+inline void micro(const T* a, const T* b, int64_t tokens, double* sums) {
+  using V = typename VectorOf<T, BYTES>::type;
+  constexpr int W = BYTES / sizeof(T), P = W * NV;
+  V acc[MR][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r][v] = V{};
+  for (int64_t k = 0; k < tokens; ++k, a += P, b += P) {
+    V right[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) right[v] = *reinterpret_cast<const V*>(b + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += a[r] * right[v];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      for (int c = 0; c < W; ++c) sums[r * P + v * W + c] += static_cast<double>(acc[r][v][c]);
+}
+
+template <typename T, int BYTES, int MR, int NV>
+void panels(const void* a, const void* b, int64_t tokens, double* sums) {
+  constexpr int P = BYTES / sizeof(T) * NV;
+  static_assert(P % MR == 0);
+  for (int m = 0; m < P; m += MR)
+    micro<T, BYTES, MR, NV>(static_cast<const T*>(a) + m, static_cast<const T*>(b), tokens, sums + m * P);
+}
+
+template <typename X, typename T, int BYTES, int MR, int NV, int DEPTH>
+constexpr CovarianceKernel kernel() {
+  constexpr int P = BYTES / sizeof(T) * NV;
+  return {P, DEPTH, 1, sizeof(T), all_finite<X>, pack<X, T, P>, panels<T, BYTES, MR, NV>};
+}
+
+}  // namespace
+}  // namespace kore_fast
