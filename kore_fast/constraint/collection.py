@@ -1,129 +1,98 @@
-"""Collection: run old knowledge through a model once and keep C = Σ x xᵀ of every distinct linear input."""
+"""Collection: run old knowledge through a model and keep C = Σ x xᵀ of every distinct linear input.
+
+The way of the data: a hook sees an input (`inputs`) → its rows wait in a buffer (`sums`) → the buffer is added to a
+sum, on the device or elsewhere (`sums`, planned by `budget`) → the ranks' sums become one (`distributed`) → `store`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from kore_fast.constraint.budget import Pass, plan_passes, plan_spill, sum_bytes
+from kore_fast.constraint.checkpoint import Checkpoint, Found, Place
+from kore_fast.constraint.distributed import Ranks, bin_packing
 from kore_fast.constraint.fingerprint import model_fingerprint
+from kore_fast.constraint.inputs import Batch, DistinctInputs, Width, ignore
 from kore_fast.constraint.selection import select_linears
-from kore_fast.constraint.store import CovarianceStore, Part, check_finite, pack, tokens_needed
+from kore_fast.constraint.store import CovarianceStore, Part, check_finite, tokens_needed
+from kore_fast.constraint.sums import Sums, pack_panels
 from kore_fast.errors import ConstraintError
-from kore_fast.ops import covariance_update_, finalize, new_count
 
 logger = logging.getLogger(__name__)
 
-Batch = Mapping[str, Any]
-
-
-class _Inputs:
-    """Forward pre-hooks that tell distinct inputs apart by tensor identity, and accumulate a covariance of each."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Iterable[str],
-        leaders: Mapping[str, str] | None = None,
-        wave: Iterable[str] = (),
-    ) -> None:
-        self.leaders: dict[str, str] = {}
-        # Layers outside the wave are watched too: what is read between two layers decides whether they share.
-        self._wave = set(wave)
-        self.C: dict[str, torch.Tensor] = {}
-        self.count: dict[str, torch.Tensor] = {}
-        self._known = leaders
-        self._rows: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        # The last input is held, not copied: while it lives, no other tensor can have its address.
-        self._last: torch.Tensor | None = None
-        self._last_leader = ""
-        # Its version when it was read: a change in place shows on the held tensor too.
-        self._last_version = -1
-        self._handles = [
-            model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True) for name in layers
-        ]
-
-    def run(self, model: nn.Module, batch: Batch, device: torch.device) -> None:
-        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        self._rows = (inputs.get("attention_mask"), inputs.pop("token_weights", None))
-        with torch.no_grad():  # inference mode keeps no version counters, which tell a tensor changed in place
-            model(**inputs)
-        self._last = None
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else kwargs["input"]).detach()
-            shared = self._last is not None and _same(x, self._last) and x._version == self._last_version
-            leader = self._last_leader if shared else name
-            expected = self.leaders.setdefault(name, leader) if self._known is None else self._known[name]
-            if expected != leader:
-                raise ConstraintError(
-                    f"{name}: read the same input as {expected} in one batch and as {leader} in another; "
-                    "collect such layers apart, with target_modules"
-                )
-            if not shared:
-                self._last, self._last_leader, self._last_version = x, name, x._version
-                if name in self._wave:
-                    self._update(name, x)
-
-        return before_forward
-
-    def _update(self, name: str, x: torch.Tensor) -> None:
-        if name not in self.C:
-            d = x.shape[-1]
-            self.C[name] = torch.zeros(d, d, dtype=torch.float64, device=x.device)
-            self.count[name] = new_count(device=x.device)
-        mask, scale = (_fit(name, rows, x) for rows in self._rows)
-        covariance_update_(self.C[name], self.count[name], x, mask, scale)
-
-
-def _fit(name: str, rows: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    if rows is None:
-        return None
-    if rows.numel() != x.numel() // x.shape[-1]:
-        raise ConstraintError(
-            f"{name}: its input {tuple(x.shape)} does not have one row per token of the mask {tuple(rows.shape)}; "
-            "leave the layer out with target_modules"
-        )
-    return rows.reshape(x.shape[:-1]).to(x.device)
-
-
-def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
+Batches = Iterable[Batch] | Callable[[], Iterable[Batch]]
+Gather = Literal["first", "all", "none"]
+Rounds = Iterator[tuple[Batch | None, bool]]
 
 
 def collect_covariance(
     model: nn.Module,
-    batches: Iterable[Batch] | Callable[[], Iterable[Batch]],
+    batches: Batches,
     *,
     source: str = "calibration",
     target_modules: str | Sequence[str] | None = None,
     about: Mapping[str, Any] | None = None,
-    memory_limit: int | None = None,
+    max_memory: int | None = None,
+    spill: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 120.0,
+    sharded: bool = False,
+    gather: Gather = "first",
+    save_to: str | Path | None = None,
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
     warn_few_tokens: bool = True,
 ) -> CovarianceStore:
     """Covariances of the inputs of a model's linear layers over batches of old knowledge (KORE step 1).
 
+    **Memory.** A distinct input of width d takes 8·d² bytes for its sum (44 GB for LLaVA-7B in all, 0.8 GB for the 135M
+    model of the quickstart) and a buffer of at most 4096 rows and a quarter of that, both on the model's device. With
+    ``max_memory``, sums and buffers stay within it. Beside them: what one kernel call takes, and one batch. The result
+    takes 4·d² bytes for each input in the host's memory.
+
+    What does not fit ``max_memory`` is collected
+
+    - in further passes over the batches, where these can be gone through again. This is the default because a pass
+      costs one forward pass, while moving sums costs 4·d² bytes of traffic and an addition on the CPU for every full
+      buffer: on an accelerator that is more (LLaVA-7B within 12 GB: 5 passes);
+    - with ``spill``, or from an iterator when the model is on an accelerator, in one pass: the products leave the
+      device on a stream of their own and a thread adds them up elsewhere, while the forward pass goes on; when two are
+      on their way, it waits. They take 4·d² bytes there for each sum, in the host's memory or in files. A slow forward
+      pass (a large model on a CPU) is worth more than the traffic: give it a folder.
+
+    **Several ranks.** Where `torch.distributed` is initialised with more than one rank (torchrun), each runs its share
+    of the batches: those whose number modulo the ranks' is its own. Sums are reduced in float64 to owners, chosen so
+    that each owns about as much, and end where ``gather`` says. All ranks pass the same arguments. The model may be
+    FSDP2's (`fully_shard`): then all ranks run equally many forward passes, some of which do not count.
+
     Args:
         model: any model that takes a batch as keyword arguments. It runs in evaluation mode without gradients.
-        batches: mappings of keyword arguments, of any batch size. ``attention_mask`` (batch, tokens), when there,
-            leaves padding out; ``token_weights`` (batch, tokens), when there, is taken off and weights each position
-            (zero leaves it out). With a memory limit, a list or a function that returns them anew for each pass.
+        batches: mappings of keyword arguments, of any batch size: sums differ only by rounding in float64.
+            ``attention_mask`` (batch, tokens), when there, leaves padding out; ``token_weights`` (batch, tokens), when
+            there, is taken off and weights each position (zero leaves it out). A list, or a function that returns them
+            anew, can be gone through several times; an iterator once.
         source: a name for this kind of old knowledge.
         target_modules: see `select_linears`; default every linear of the language decoder.
         about: what the source is (JSON), kept in the store.
-        memory_limit: bytes that accumulators may take. A distinct input of width d takes 8·d² bytes; what does not fit
-            is collected in further passes over the batches. Without a limit, one pass and 8·Σd² bytes (0.8 GB for the
-            135M model of the quickstart, 44 GB for LLaVA-7B).
+        max_memory: bytes for sums and buffers on the model's device.
+        spill: where sums are kept that do not fit: ``"cpu"`` for the host's memory, or a folder (a file there is gone
+            with the process).
+        checkpoint: a folder for sums and position, from which the same call continues after an interruption, with the
+            same bits on the same machine. Deleted at the end. It takes 4·d² bytes for each input and a buffer, twice
+            while it is written.
+        checkpoint_seconds: least time between two checkpoints (they also keep to a twentieth of the time); 0 for one
+            after every batch.
+        sharded: the batches differ from rank to rank, and every rank runs all of its own.
+        gather: who returns the whole store: rank 0 (others what they own), all ranks, or none, each what it owns. What
+            a rank owns can be saved; a folder of all ranks' files loads as the whole.
+        save_to: also save the store to this file, before the checkpoint is deleted. With ``gather="none"`` each rank
+            adds its number to the name.
         progress: wraps the batches of each pass, for a progress bar.
         warn_few_tokens: see `warn_if_few_tokens`; off when other sources will be added.
 
@@ -132,97 +101,244 @@ def collect_covariance(
         tensor identity while the model runs, not by name.
 
     Raises:
-        ConstraintError: no batches, an input without one row per token, a layer wider than the memory limit.
+        ConstraintError: no batches, an input without one row per token, a layer wider than the memory allowed, a
+            checkpoint of something else, ranks that do not fit each other or of which one failed.
         StoreError: NaN or infinite activations, with the layer's name.
+        DataError: a file could not be written.
     """
+    if gather not in ("first", "all", "none"):
+        raise ConstraintError(f"gather={gather!r}: want 'first', 'all' or 'none'")
     layers = select_linears(model, target_modules)
-    device = next(model.parameters()).device
+    ranks = Ranks(model, sharded=sharded)
+    collection = _Collection(model, layers, batches, max_memory, spill, ranks, progress)
     training = model.training
     model.eval()
     try:
-        first_pass = iter(batches() if callable(batches) else batches)
-        first = next(first_pass, None)
-        if first is None:
-            raise ConstraintError("no calibration batches: give at least one")
-        groups = _groups(model, layers, first, device)
-        widths = {group: int(model.get_submodule(group).in_features) for group in groups}  # type: ignore[arg-type]
-        waves = _waves(widths, memory_limit)
-        if len(waves) > 1 and not callable(batches) and iter(batches) is batches:
-            raise ConstraintError(
-                f"memory_limit={memory_limit} takes {len(waves)} passes over the batches: give a list, or a function "
-                "that returns them anew, not an iterator that one pass uses up"
-            )
-        parts: dict[tuple[str, str], list[Part]] = {}
-        for number, wave in enumerate(waves):
-            passes = chain([first], first_pass) if number == 0 else batches() if callable(batches) else batches
-            C, counts = _accumulate(model, progress(passes) if progress else passes, groups, wave, device)
-            for group in wave:
-                check_finite(group, counts[group])
-                parts[(source, group)] = [Part(pack(finalize(C.pop(group))).cpu(), counts[group])]
+        if checkpoint is not None:
+            collection.keep_checkpoint(Path(checkpoint), checkpoint_seconds, source, dict(about or {}))
+        collection.collect()
+        store = collection.store(source, dict(about or {}), gather)
     finally:
+        collection.inputs.remove()
         model.train(training)
-    store = CovarianceStore(
-        model=model_fingerprint(model, [name for members in groups.values() for name in members]),
-        groups=groups,
-        widths=widths,
-        sources={source: dict(about or {})},
-        parts=parts,
-    )
-    if warn_few_tokens:
+    collection.save(store, save_to, gather)
+    if warn_few_tokens and (gather == "all" or (gather == "first" and collection.ranks.rank == 0)):
         warn_if_few_tokens(store)
     return store
 
 
-def _groups(model: nn.Module, layers: list[str], batch: Batch, device: torch.device) -> dict[str, tuple[str, ...]]:
-    """Which layers read one tensor, seen on one batch: first reader → all its readers."""
-    inputs = _Inputs(model, layers)
-    try:
-        inputs.run(model, batch, device)
-    finally:
-        inputs.remove()
-    unreached = [name for name in layers if name not in inputs.leaders]
-    if unreached:
-        raise ConstraintError(f"{unreached[0]}: no batch reached this layer; leave it out with target_modules")
-    groups: dict[str, tuple[str, ...]] = {}
-    for name in layers:
-        leader = inputs.leaders[name]
-        groups[leader] = (*groups.get(leader, ()), name)
-    return groups
+class _Collection:
+    """One call of `collect_covariance`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[str],
+        batches: Batches,
+        max_memory: int | None,
+        spill: str | Path | None,
+        ranks: Ranks,
+        progress: Callable[[Iterable[Batch]], Iterable[Batch]] | None,
+    ) -> None:
+        self.model, self.layers, self.ranks = model, layers, ranks
+        self.device = next(model.parameters()).device
+        self.inputs = DistinctInputs(model, layers, self.device)
+        self._batches = batches
+        self._once = not callable(batches) and iter(batches) is batches
+        self._progress = progress
+        self._max_memory = max_memory
+        self._spill_to = _spill_to(spill, self.device)
+        self._spilling = spill is not None or (self._once and self.device.type != "cpu")
+        self._checkpoint: Checkpoint | None = None
+        self._rounds_done = 0
+        self._last_batch: Batch | None = None
+        # By group: the packed sums that this rank owns, and every count.
+        self.packed: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+
+    def keep_checkpoint(self, folder: Path, seconds: float, source: str, about: dict[str, Any]) -> None:
+        """Write checkpoints into ``folder``, of a collection that is told from others by what it depends on."""
+        identity = {
+            "model": model_fingerprint(self.model, self.layers),
+            "layers": self.layers,
+            "source": source,
+            "about": about,
+            "max_memory": self._max_memory,
+            "spill": self._spilling,
+            "sharded": self.ranks.sharded,
+            "device": self.device.type,
+            "dtype": str(next(self.model.parameters()).dtype),
+        }
+        self._checkpoint = Checkpoint(folder, identity, seconds, self.ranks.rank, self.ranks.world)
+
+    def collect(self) -> None:
+        """Fill `packed` and `counts`, in as many passes as it takes."""
+        start = self._interrupted()
+        number = start.place.number if start else 0
+        while True:
+            stream = self._rounds()
+            if self._max_memory is not None:
+                stream = self._settle_groups(stream)
+            passes = self._passes()
+            last = number + 1 >= len(passes)
+            with Sums(passes[number], self.inputs.widths, self._spill_to) as sums:
+                with self.ranks.sharing_errors(forward=True):
+                    self._sum_up(stream, sums, number, start)
+                    if self._checkpoint is not None and self.ranks.world > 1 and not last:
+                        # Until every rank has begun the next pass, every rank can go back to the end of this one.
+                        self._write(number, self._rounds_done, sums)
+                self._reduce(sums, passes[number])
+            if last:
+                return
+            number, start = number + 1, None
+            if self._checkpoint is not None:
+                with self.ranks.sharing_errors():
+                    self._checkpoint.keep(self.inputs.groups, self.packed, self.counts)
+                    self._last_batch = None
+                    self._write(number, 0, None)
+                self.ranks.wait()
+
+    def _interrupted(self) -> Found | None:
+        """The checkpoint to continue from."""
+        if self._checkpoint is None:
+            return None
+        with self.ranks.sharing_errors():
+            found = self._checkpoint.found()
+        place = self.ranks.common([(f.place.number, f.place.batches) for f in found])
+        start = next((f for f in found if (f.place.number, f.place.batches) == place), None)
+        if start is not None:
+            logger.info("%s: continuing after %d batches of pass %d", start.folder.parent, place[1], place[0] + 1)
+            self.inputs.know(start.groups, start.widths)
+            self._checkpoint.continued(start)
+            self.packed, self.counts = start.done()
+        elif found:
+            logger.warning("%s: not every rank has a checkpoint; beginning anew", self._checkpoint.folder)
+        return start
+
+    def _rounds(self) -> Rounds:
+        batches = self._batches() if callable(self._batches) else self._batches
+        return self.ranks.rounds(self._progress(batches) if self._progress else batches)
+
+    def _settle_groups(self, stream: Rounds) -> Rounds:
+        """Find out which layers share an input, with the first batch, so that memory can be planned."""
+        seen = []
+        with self.ranks.sharing_errors(forward=True):
+            if not self.inputs.leaders:
+                seen = list(islice(stream, 1))
+                for batch, _ in seen:
+                    if batch is not None:
+                        self.inputs.run(batch, ignore)
+        self._agree_on_groups()
+        return chain(seen, stream)
+
+    def _agree_on_groups(self) -> None:
+        found: Any = [self.inputs.groups, self.inputs.widths] if self.inputs.leaders else None
+        agreed = self.ranks.agree(found, "layers and inputs") if self.ranks.world > 1 else found
+        if agreed is None:
+            raise ConstraintError("no calibration batches: give at least one")
+        groups, widths = agreed
+        self.inputs.know(groups, {group: Width(*width) for group, width in widths.items()})
+
+    def _passes(self) -> Sequence[Pass | None]:
+        if self._max_memory is None:
+            return [None]
+        widths = {group: self.inputs.widths[group] for group in self.inputs.groups}
+        passes = [plan_spill(widths, self._max_memory)] if self._spilling else plan_passes(widths, self._max_memory)
+        if len(passes) > 1 and self._once:
+            raise ConstraintError(
+                f"max_memory={self._max_memory} takes {len(passes)} passes over the batches: give a list, or a "
+                "function that returns them anew, not an iterator that one pass uses up; or a folder to spill to"
+            )
+        return passes
+
+    def _sum_up(self, stream: Rounds, sums: Sums, number: int, start: Found | None) -> None:
+        """Run the batches that are not behind the checkpoint."""
+        behind = start.place.batches if start else 0
+        if start is not None:
+            start.restore(sums)
+        self._rounds_done = 0
+        for batch, counts in stream:
+            self._rounds_done += 1
+            self._last_batch = batch
+            if self._rounds_done <= behind:
+                if self._rounds_done == behind and batch is not None and start is not None:
+                    start.check_batch(batch)
+                continue
+            if batch is not None:
+                self.inputs.run(batch, sums if counts else ignore)
+            if self._checkpoint is not None and self.ranks.first_decides(self._checkpoint.due()):
+                self._write(number, self._rounds_done, sums)
+        if self._rounds_done < behind:
+            raise ConstraintError(
+                f"{self._rounds_done} batches, but {behind} were collected before the interruption; give the same "
+                "batches, or delete the checkpoint to begin anew"
+            )
+        sums.flush()
+
+    def _write(self, number: int, rounds: int, sums: Sums | None) -> None:
+        assert self._checkpoint is not None
+        self._checkpoint.write(Place(number, rounds), self.inputs.groups, self.inputs.widths, sums, self._last_batch)
+
+    def _reduce(self, sums: Sums, plan: Pass | None) -> None:
+        """Make the ranks' sums of one pass one, at their owners."""
+        if plan is None:
+            self._agree_on_groups()
+        widths = self.inputs.widths
+        groups = [group for group in self.inputs.groups if plan is None or group in plan.tokens]
+        self.counts |= zip(groups, self.ranks.add(sums.counts(groups)), strict=True)
+        for group in groups:
+            check_finite(group, self.counts[group])
+        owners = self._owners()
+        reduced = self.ranks.reduce_to_owners(
+            {group: owners[group] for group in groups},
+            lambda group: sums.take(group, widths[group].d, self.ranks.device),
+        )
+        self.packed |= {group: pack_panels(panels, widths[group].d) for group, panels in reduced}
+
+    def _owners(self) -> dict[str, int]:
+        """Group → the rank that has its sum in the end."""
+        owners = bin_packing({g: sum_bytes(self.inputs.widths[g]) for g in self.inputs.groups}, self.ranks.world)
+        return {group: owners[group] for group in self.inputs.groups}
+
+    def store(self, source: str, about: dict[str, Any], gather: Gather) -> CovarianceStore:
+        """What this rank returns."""
+        groups, widths = self.inputs.groups, self.inputs.widths
+        if self.ranks.world > 1 and gather != "none":
+            sizes = {group: widths[group].d * (widths[group].d + 1) // 2 for group in groups}
+            self.packed |= self.ranks.hand_over(self._owners(), sizes, self.packed, to_all=gather == "all")
+        return CovarianceStore(
+            model=model_fingerprint(self.model, [name for members in groups.values() for name in members]),
+            groups=groups,
+            widths={group: widths[group].d for group in groups},
+            sources={source: about},
+            parts={
+                (source, group): [Part(self.packed[group], self.counts[group])]
+                for group in groups
+                if group in self.packed
+            },
+        )
+
+    def save(self, store: CovarianceStore, path: str | Path | None, gather: Gather) -> None:
+        """Save what is to be saved; then no checkpoint is needed any more."""
+        if path is not None:
+            path = Path(path)
+            with self.ranks.sharing_errors():
+                if gather == "none" and self.ranks.world > 1:
+                    store.save(path.with_name(f"{path.stem}.rank-{self.ranks.rank}-of-{self.ranks.world}{path.suffix}"))
+                elif self.ranks.rank == 0:
+                    store.save(path)
+        if self._checkpoint is not None:
+            self.ranks.wait()
+            self._checkpoint.remove()
 
 
-def _accumulate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    groups: Mapping[str, tuple[str, ...]],
-    wave: Sequence[str],
-    device: torch.device,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    leaders = {name: group for group, members in groups.items() for name in members}
-    inputs = _Inputs(model, leaders, leaders, wave)
-    try:
-        for batch in batches:
-            inputs.run(model, batch, device)
-    finally:
-        inputs.remove()
-    return inputs.C, {group: count.cpu() for group, count in inputs.count.items()}
-
-
-def _waves(widths: Mapping[str, int], memory_limit: int | None) -> list[list[str]]:
-    """Split the groups, in order, into passes whose accumulators fit the limit."""
-    if memory_limit is None:
-        return [list(widths)]
-    waves: list[list[str]] = [[]]
-    used = 0
-    for group, d in widths.items():
-        cost = 8 * d * d
-        if cost > memory_limit:
-            raise ConstraintError(f"{group}: its covariance takes {cost:,} bytes; memory_limit is {memory_limit:,}")
-        if used + cost > memory_limit:
-            waves.append([])
-            used = 0
-        waves[-1].append(group)
-        used += cost
-    return waves
+def _spill_to(spill: str | Path | None, device: torch.device) -> Path | None:
+    """The folder to spill to; None for the host's memory."""
+    if spill is None or str(spill) == "cpu":
+        if spill is not None and device.type == "cpu":
+            raise ConstraintError("spill='cpu': the model is on the CPU already; give a folder to spill to")
+        return None
+    return Path(spill)
 
 
 def warn_if_few_tokens(store: CovarianceStore) -> None:

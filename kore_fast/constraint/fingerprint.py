@@ -21,6 +21,8 @@ def model_fingerprint(model: nn.Module, layers: list[str]) -> str:
     for name in layers:
         weight = modules[name].weight
         assert isinstance(weight, torch.Tensor)
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()  # FSDP2: every rank takes part
         digest.update(f"{name}:{tuple(weight.shape)}".encode())
         flat = weight.detach().reshape(-1)
         sampled = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.bfloat16)

@@ -71,6 +71,7 @@ class CovarianceStore:
     A *group* is a distinct input, named after the first layer that reads it: q, k and v share one, gate and up share
     one. A *source* is a kind of old knowledge. Sums are float64, kept per source, so that any mix can be made later.
     Sums that were loaded stay in their file until a layer's covariance is asked for: 16·d² bytes at a time.
+    A store may be the share of one rank of several: all groups, some of the sums. Merged shares are the whole.
     """
 
     model: str
@@ -129,7 +130,12 @@ class CovarianceStore:
         chosen = self._weights(weights)
         total = torch.zeros(self.widths[group], self.widths[group], dtype=torch.float64)
         for source, weight in chosen.items():
-            parts = self.parts.get((source, group), [])
+            if (source, group) not in self.parts:
+                raise StoreError(
+                    f"{layer}: its sum from source {source!r} is in another rank's share; load or merge the shares of "
+                    "all ranks"
+                )
+            parts = self.parts[(source, group)]
             n = float(sum(float(part.count[WEIGHT]) for part in parts))
             if n <= 0:
                 raise StoreError(f"{layer}: source {source!r} has no tokens in the store; collect it again")
@@ -234,6 +240,8 @@ class CovarianceStore:
         for source in header["sources"]:
             for group in groups:
                 key = f"{source}/{group}"
+                if key not in header["counts"]:
+                    continue  # one rank's share
                 if key not in keys:
                     raise StoreError(f"{path}: the sum of {group} from source {source!r} is missing; collect again")
                 count = torch.tensor(header["counts"][key], dtype=torch.float64)

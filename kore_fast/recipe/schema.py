@@ -90,8 +90,10 @@ class CovarianceSection(Section):
 
     sources: dict[str, CalibrationSource]
     batch_size: Count = 16
-    memory_limit: Count | None = None
-    """Bytes for accumulators; see `collect_covariance`."""
+    max_memory: Count | None = None
+    """Bytes for sums and buffers; see `collect_covariance`."""
+    checkpoint_seconds: Annotated[Number, Field(ge=0)] = 120.0
+    """Least time between two checkpoints of a source; 0 for one after every batch."""
     target_modules: str | list[str] | None = None
 
 

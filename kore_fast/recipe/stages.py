@@ -38,7 +38,7 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
             Stage(
                 "covariance",
                 options={
-                    "covariance": recipe.covariance.model_dump(mode="json"),
+                    "covariance": recipe.covariance.model_dump(mode="json", exclude={"checkpoint_seconds"}),
                     "seed": recipe.seed,
                     "model": name,
                     "precision": recipe.training.precision,

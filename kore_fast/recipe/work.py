@@ -42,7 +42,8 @@ def augment(recipe: Recipe, folder: Path) -> None:
 
 
 def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
-    """Old knowledge → one store a source. A source whose file is whole is not collected again."""
+    """Old knowledge → one store a source. A source whose file is whole is not collected again; one that was
+    interrupted continues from its checkpoint."""
     from kore_fast.constraint import CovarianceStore, collect_covariance
     from kore_fast.constraint.collection import warn_if_few_tokens
     from kore_fast.modules.loading import load_model, load_processor
@@ -51,22 +52,25 @@ def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
     processor = load_processor(recipe.model_path())
     model: nn.Module | None = None
     for name, source in recipe.covariance.sources.items():
-        path = folder / f"{name}.safetensors"
+        path, checkpoint = folder / f"{name}.safetensors", folder / f"{name}.checkpoint"
         if path.exists():
+            shutil.rmtree(checkpoint, ignore_errors=True)  # of a process that was killed just after it had saved
             continue
         model = model or load_model(recipe.model_path())
         batches = calibration_batches(recipe, name, source, model, processor, folder, progress)
-        store = collect_covariance(
+        collect_covariance(
             model,
             batches,
             source=name,
             target_modules=recipe.targets,
             about=source.model_dump(mode="json"),
-            memory_limit=recipe.covariance.memory_limit,
+            max_memory=recipe.covariance.max_memory,
+            checkpoint=checkpoint,
+            checkpoint_seconds=recipe.covariance.checkpoint_seconds,
+            save_to=path,
             progress=lambda items: progress(items, len(batches), f"covariance of {name}"),  # noqa: B023
             warn_few_tokens=False,
         )
-        store.save(path)
     warn_if_few_tokens(CovarianceStore.load(folder))
 
 

@@ -84,7 +84,13 @@ def encoded(tiny_processor: Any, knowledge_folder: Any) -> list[Any]:
     return pictured(tiny_processor, knowledge_folder, ["What?", "What is it, then?", "Say it.", "Who lives here now?"])
 
 
+def doubled(made: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """For a model in float64, whose sums are exact to its rounding whatever computes them."""
+    return [{**batch, "pixel_values": batch["pixel_values"].double()} for batch in made]
+
+
 def test_sums_are_those_of_the_inputs(tiny_model: nn.Module, encoded: list[Any]) -> None:
+    tiny_model.double()
     seen: dict[str, list[torch.Tensor]] = {}
     names = [LAYER.format(0, "self_attn.q_proj"), LAYER.format(1, "mlp.down_proj")]
     handles = [
@@ -94,11 +100,11 @@ def test_sums_are_those_of_the_inputs(tiny_model: nn.Module, encoded: list[Any])
         for n in names
     ]
     with torch.no_grad():
-        for e in encoded:
-            tiny_model(**collate([e], 0))
+        for batch in doubled(batches(encoded, 1)):
+            tiny_model(**batch)
     for handle in handles:
         handle.remove()
-    store = collect_covariance(tiny_model, batches(encoded, 1))
+    store = collect_covariance(tiny_model, doubled(batches(encoded, 1)))
     for name in names:
         x = torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in seen[name]])
         wanted = x.T @ x / len(x)
@@ -111,8 +117,7 @@ def test_sums_are_those_of_the_inputs(tiny_model: nn.Module, encoded: list[Any])
 def test_batch_size_does_not_matter(tiny_model: nn.Module, encoded: list[Any], side: str, bound: float) -> None:
     tiny_model.double()
     small, large = (
-        collect_covariance(tiny_model, [{**b, "pixel_values": b["pixel_values"].double()} for b in made])
-        for made in (batches(encoded, 1), batches(encoded, 4, side))
+        collect_covariance(tiny_model, doubled(made)) for made in (batches(encoded, 1), batches(encoded, 4, side))
     )
     assert len({len(e) for e in encoded}) > 1
     assert_same(small, large, bound)
@@ -138,7 +143,8 @@ def test_sharing_is_seen_not_guessed() -> None:
 
 def test_a_tensor_changed_in_place_is_another_input() -> None:
     model = Sharing(in_place=True)
-    x = torch.randn(50, 6)
+    model.double()
+    x = torch.randn(50, 6, dtype=torch.float64)
     store = collect_covariance(model, [{"x": x}], target_modules=all_linears(model))
     assert all(len(members) == 1 for members in store.groups.values())
     for name, rows in {"a": x, "far": x + 1, "near": x + 1, "after": 2 * (x + 1)}.items():
@@ -158,7 +164,7 @@ def test_layers_called_by_keyword_are_seen() -> None:
     assert collect_covariance(ByKeyword(), [{"x": torch.randn(7, 3)}], target_modules=["one"]).tokens("one") == 7
 
 
-def test_memory_limit_gives_the_same_bits(tiny_model: nn.Module, encoded: list[Any]) -> None:
+def test_max_memory_gives_the_same_bits(tiny_model: nn.Module, encoded: list[Any]) -> None:
     made = batches(encoded, 2)
     whole = collect_covariance(tiny_model, made)
     passes: list[int] = []
@@ -167,7 +173,7 @@ def test_memory_limit_gives_the_same_bits(tiny_model: nn.Module, encoded: list[A
         passes.append(1)
         return made
 
-    limited = collect_covariance(tiny_model, again, memory_limit=8 * 64 * 64)
+    limited = collect_covariance(tiny_model, again, max_memory=8 * 64 * 64)
     assert len(passes) > 2
     assert limited.groups == whole.groups
     for group in whole.groups:
@@ -180,7 +186,7 @@ def test_every_pass_tells_inputs_apart_alike() -> None:
     model = Interleaved()
     made = [{"x": torch.randn(9, 6)}, {"x": torch.randn(4, 6)}]
     whole = collect_covariance(model, made, target_modules=all_linears(model))
-    limited = collect_covariance(model, made, target_modules=all_linears(model), memory_limit=2 * 8 * 36)
+    limited = collect_covariance(model, made, target_modules=all_linears(model), max_memory=2 * 8 * 36)
     assert_same(whole, limited, 0.0)
 
 
@@ -188,12 +194,12 @@ def test_an_iterator_serves_one_pass_only(tiny_model: nn.Module, encoded: list[A
     once: Iterator[Any] = iter(batches(encoded, 2))
     assert collect_covariance(tiny_model, once).tokens(LAYER.format(0, "self_attn.q_proj")) == sum(map(len, encoded))
     with pytest.raises(ConstraintError, match="passes over the batches"):
-        collect_covariance(tiny_model, iter(batches(encoded, 2)), memory_limit=8 * 64 * 64)
+        collect_covariance(tiny_model, iter(batches(encoded, 2)), max_memory=8 * 64 * 64)
 
 
 def test_limit_below_one_covariance_names_the_layer(tiny_model: nn.Module, encoded: list[Any]) -> None:
-    with pytest.raises(ConstraintError, match=r"down_proj.*memory_limit is 8,192"):
-        collect_covariance(tiny_model, batches(encoded, 2), memory_limit=8 * 32 * 32)
+    with pytest.raises(ConstraintError, match=r"down_proj.*max_memory is 8,192"):
+        collect_covariance(tiny_model, batches(encoded, 2), max_memory=8 * 32 * 32)
 
 
 def test_token_weights(tiny_model: nn.Module, encoded: list[Any]) -> None:
@@ -206,11 +212,11 @@ def test_token_weights(tiny_model: nn.Module, encoded: list[Any]) -> None:
     pictures = sum(int((e.kinds == 1).sum()) for e in encoded)
     assert pictures == 4 * len(encoded)
     assert float(mixed.count(name)[1]) == float(answers) + 0.25 * pictures
-    doubled = collect_covariance(
-        tiny_model, batches(encoded, 1, position_weights={"prompt": 2, "picture": 2, "answer": 2})
-    )
-    plain = collect_covariance(tiny_model, batches(encoded, 1))
-    assert torch.allclose(doubled.covariance(name), plain.covariance(name), rtol=1e-12, atol=0)
+    tiny_model.double()
+    twice = batches(encoded, 1, position_weights={"prompt": 2, "picture": 2, "answer": 2})
+    plain = batches(encoded, 1)
+    one, other = (collect_covariance(tiny_model, doubled(made)).covariance(name) for made in (twice, plain))
+    assert torch.allclose(one, other, rtol=1e-12, atol=1e-15)
 
 
 def assert_clean(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ class Two(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.a, self.b, self.c = nn.Linear(5, 3), nn.Linear(5, 7), nn.Linear(7, 2)
+        self.double()  # sums are exact to its rounding whatever computes them
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.a(x).sum() + self.c(self.b(x)).sum()
@@ -34,7 +35,7 @@ LAYERS = ["a", "b", "c"]
 
 
 def rows(seed: int, n: int = 20) -> torch.Tensor:
-    return torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, 5, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def store(seed: int, source: str = "text", n: int = 20, **given: Any) -> CovarianceStore:
