@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-short test test-all bench lint format install clean help
+.PHONY: quickstart quickstart-short test test-all bench lint format install clean gpu-check help
 
 help:
-	@sed -n 's/^# //p' Makefile; echo; echo "targets: quickstart quickstart-short test test-all bench lint format install clean"
+	@sed -n 's/^# //p' Makefile; echo; echo "targets: quickstart quickstart-short test test-all bench lint format install clean gpu-check"
 
 $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -44,3 +44,8 @@ format: $(STAMP)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# On a machine with an NVIDIA GPU, offline: build, test and benchmark; rows and logs go to OUT.
+OUT ?= build/gpu-check
+gpu-check:
+	bash benchmarks/gpu_check.sh $(OUT)

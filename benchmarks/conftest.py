@@ -1,0 +1,164 @@
+"""How benchmarks measure: variants take turns, medians with the 20 and 80 % quantiles, rows that say where they ran."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+Row = dict[str, Any]
+Compare = Callable[..., dict[str, Row]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rows", type=Path, help="folder to which the rows of each benchmark file are written")
+
+
+def where() -> Row:
+    """The machine and the versions, for every row."""
+    row: Row = {"device": device_name(), "threads": torch.get_num_threads()}
+    for package in ("torch", "triton"):
+        try:
+            row[package] = version(package)
+        except PackageNotFoundError:
+            row[package] = None
+    row["python"] = platform.python_version()
+    if torch.cuda.is_available():
+        row["cuda"] = torch.version.cuda
+        row["clock_mhz"] = _nvidia_smi("clocks.max.sm")
+        row["driver"] = _nvidia_smi("driver_version")
+    git = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    row["commit"] = git.stdout.strip() or None
+    return row
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's with its instruction set and cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
+    return f"{model.group(1).strip() if model else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+
+
+def _nvidia_smi(what: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
+
+
+def _timer() -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """Marks a moment, and the seconds between two: of the GPU's own clock where there is one."""
+    if not torch.cuda.is_available():
+        return time.perf_counter, lambda start, stop: stop - start
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+    return mark, seconds
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where benchmarks run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def _written(request: pytest.FixtureRequest) -> Iterator[dict[str, list[Row]]]:
+    rows: dict[str, list[Row]] = {}
+    yield rows
+    folder = request.config.getoption("--rows")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, listed in rows.items():
+            text = "".join(json.dumps(row) + "\n" for row in listed)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, _written: dict[str, list[Row]]) -> Callable[[Row], None]:
+    """Keeps a row for ``--rows``, with what every row says."""
+    name = request.path.stem.removeprefix("bench_")
+    machine = where()
+    return lambda row: _written.setdefault(name, []).append({**row, **machine})
+
+
+@pytest.fixture
+def compare(record: Callable[[Row], None]) -> Compare:
+    """Times variants of one piece of work in turns."""
+
+    def run(
+        variants: Mapping[str, Callable[[], Any]],
+        case: Row,
+        *,
+        ours: str,
+        rounds: int = 7,
+        extra: Mapping[str, Row] | None = None,
+    ) -> dict[str, Row]:
+        """Each round calls every variant once, so that a slow moment of the machine strikes all.
+
+        Args:
+            variants: name → the call. Each is warmed up first.
+            case: what is the same for all of them (shapes, dtypes).
+            ours: the variant that the others are compared with; ``ratio`` of a row is how many times its median ours
+                fits into.
+            extra: more for the row of a variant.
+
+        Returns:
+            name → its row: median, p20 and p80 in milliseconds, ratio, and what was given.
+        """
+        mark, seconds = _timer()
+        flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda") if torch.cuda.is_available() else None
+        samples: dict[str, list[float]] = {name: [] for name in variants}
+        for call in variants.values():
+            call()
+        for _ in range(rounds):
+            for name, call in variants.items():
+                if flush is not None:
+                    flush.zero_()  # so that the second-level cache serves nobody's repeat
+                start = mark()
+                call()
+                samples[name].append(seconds(start, mark()))
+        median = {name: float(np.median(taken)) for name, taken in samples.items()}
+        rows = {}
+        for name, taken in samples.items():
+            p20, p80 = np.quantile(taken, [0.2, 0.8])
+            rows[name] = {
+                "variant": name,
+                **case,
+                "median_ms": round(1e3 * median[name], 4),
+                "p20_ms": round(1e3 * float(p20), 4),
+                "p80_ms": round(1e3 * float(p80), 4),
+                "ratio": round(median[name] / median[ours], 3),
+                **((extra or {}).get(name, {})),
+            }
+            record(rows[name])
+        return rows
+
+    return run

@@ -1,0 +1,57 @@
+"""Draws the rows that benchmarks left: python benchmarks/plot.py benchmarks/results/<device>
+
+Each file of rows becomes a picture beside it: the time of every variant, as a multiple of ours, case by case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that have a time."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "median_ms" in row]
+
+
+def draw(path: Path) -> Path | None:
+    """One picture of one file; None where no row has a time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read(path)
+    if not rows:
+        return None
+    cases = list(dict.fromkeys(_case(row) for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.5 * len(cases)), layout="constrained")
+    height = 0.8 / len(variants)
+    for number, variant in enumerate(variants):
+        found = {_case(row): row for row in rows if row["variant"] == variant}
+        at = [cases.index(case) + (number - len(variants) / 2) * height for case in found]
+        axes.barh(at, [row["ratio"] for row in found.values()], height, label=variant, align="edge")
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("time as a multiple of ours (right of 1: slower than ours)")
+    axes.set_title(f"{path.stem} on {rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['threads']} threads", fontsize=10)
+    axes.legend(fontsize=8)
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=110, metadata={"Software": None})
+    return picture
+
+
+def _case(row: dict[str, Any]) -> str:
+    return " · ".join(f"{key}={row[key]}" for key in ("d", "tokens", "rank", "dtype") if key in row)
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        for rows_file in sorted(Path(folder).glob("*.jsonl")):
+            print(draw(rows_file))
