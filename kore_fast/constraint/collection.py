@@ -144,7 +144,8 @@ class _Collection:
         self.device = next(model.parameters()).device
         self.inputs = DistinctInputs(model, layers, self.device)
         self._batches = batches
-        self._once = not callable(batches) and iter(batches) is batches
+        # One rank's iterator decides for all: they go through the same passes.
+        self._once = any(ranks.gather(not callable(batches) and iter(batches) is batches))
         self._progress = progress
         self._max_memory = max_memory
         self._spill_to = _spill_to(spill, self.device)

@@ -94,13 +94,14 @@ class Ranks:
         last: Batch | None = None
         while True:
             batch = next(stream, None)
-            have = [bool(have) for have in self.gather(batch is not None)]
-            if not any(have):
-                return
             last = last if batch is None else batch
-            if batch is None and last is None:
+            ranks = self.gather([batch is not None, last is not None])
+            if not any(more for more, _ in ranks):
+                return
+            idle = [rank for rank, (_, had) in enumerate(ranks) if not had]
+            if idle:
                 raise ConstraintError(
-                    f"rank {self.rank} was given no batch, but the model's forward pass needs every rank: give each at "
+                    f"rank {idle[0]} was given no batch, but the model's forward pass needs every rank: give each at "
                     "least one (its token_weights may be zero), or give all ranks the same batches with sharded=False"
                 )
             yield last, batch is not None
