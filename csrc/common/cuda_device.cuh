@@ -15,6 +15,7 @@ struct Device {
   __device__ __forceinline__ int threads() const { return int(blockDim.x); }
   __device__ __forceinline__ unsigned block_x() const { return blockIdx.x; }
   __device__ __forceinline__ int block_y() const { return int(blockIdx.y); }
+  __device__ __forceinline__ int block_z() const { return int(blockIdx.z); }
   __device__ __forceinline__ void sync() { __syncthreads(); }
   __device__ __forceinline__ uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
   __device__ __forceinline__ uint32_t count_bits(uint32_t bits) { return __popc(bits); }

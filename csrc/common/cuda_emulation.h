@@ -3,9 +3,11 @@
 // "ldmatrix", "Asynchronous warpgroup level matrix instructions"). Written from that document, not from the kernels.
 //
 // It is unkind on purpose, within what the ISA allows. Shared memory starts as NaNs. One warp runs as far as it can
-// before another does. Copies land, and wgmma reads its operands, as late as possible or at once (`late`). What ordinary
-// stores or cp.async wrote, wgmma sees only after the writing thread's fence.proxy.async. Accumulators read before
-// wgmma.wait_group are NaNs. A misaligned or wild address, a diverged warp, a missing fence or a deadlock is an error.
+// before another does, but lets all others run after it arrived at an mbarrier. Either (`late`) copies land as late as
+// they may, wgmma sees what threads wrote only after their fence.proxy.async, and reads its operands at once: what was
+// not waited for is missing. Or copies land and are seen at once, and wgmma reads as late as it may: what was freed too
+// early is overwritten. Accumulators read before wgmma.wait_group are NaNs. A misaligned or wild address, a diverged
+// warp, a missing fence or a deadlock is an error.
 // Tensor cores cut what they add, as published measurements say they do, instead of rounding it.
 #pragma once
 
@@ -42,6 +44,7 @@ enum class Defect {
   no_zeros,     // cp.async of no bytes leaves what was there
   offsets,      // leading and stride offsets of a wgmma descriptor exchanged
   no_swizzle,   // wgmma reads as if unswizzled
+  no_wait,      // wgmma.wait_group returns while one group may still be reading
   early_free,   // the loading warpgroup doesn't wait for a free stage
   plain_sum,    // the second sums are not compensated
 };
@@ -49,9 +52,9 @@ enum class Defect {
 struct Launch {
   int threads = 0;
   int64_t block_x = 0;
-  int block_y = 0;
+  int block_y = 0, block_z = 0;
   int shared = 0;           // bytes
-  bool late = true;         // copies and wgmma happen at their waits; else at once
+  bool late = true;         // copies happen at their waits and wgmma at once; else the other way round
   bool backwards = false;   // the last warp runs first
   Defect defect = Defect::none;
 };
@@ -72,6 +75,7 @@ class Emulated {
   int threads() const;
   int64_t block_x() const;
   int block_y() const;
+  int block_z() const;
   uint32_t shared() const { return 2048; }  // not 0, as on a device
   void sync();
   uint32_t ballot(bool value);
@@ -192,7 +196,7 @@ class Block {
       fibers_[t].p = std::make_unique<Emulated>(this, t);
     }
     const int warps = launch_.threads / 32;
-    for (int left = launch_.threads; left > 0;) {
+    for (int left = launch_.threads; left > 0; ++round_) {
       const int64_t before = progress_;
       for (int w = 0; w < warps; ++w) {
         const int warp = launch_.backwards ? warps - 1 - w : w;
@@ -349,7 +353,7 @@ class Block {
   std::function<void(Emulated&)> body_;
   jmp_buf scheduler_;
   Fiber* running_ = nullptr;
-  int64_t progress_ = 0;
+  int64_t progress_ = 0, round_ = 0;
   uint32_t ballot_ = 0;
   Statistics statistics_;
 };
@@ -359,6 +363,7 @@ inline thread_local Block* Block::entering_ = nullptr;
 inline int Emulated::threads() const { return block_->launch_.threads; }
 inline int64_t Emulated::block_x() const { return block_->launch_.block_x; }
 inline int Emulated::block_y() const { return block_->launch_.block_y; }
+inline int Emulated::block_z() const { return block_->launch_.block_z; }
 
 inline void Emulated::sync() {
   if (block_->launch_.defect == Defect::no_barrier) return;
@@ -402,7 +407,10 @@ T Emulated::load(uint32_t at) {
 
 inline void Emulated::store(uint32_t at, const void* from, int bytes) {
   std::memcpy(block_->at(at, bytes), from, bytes);
-  unfenced_.emplace_back(at, bytes);
+  if (block_->launch_.late)
+    unfenced_.emplace_back(at, bytes);
+  else
+    std::memcpy(&block_->seen_[at], from, bytes);
 }
 
 inline void Emulated::cp_async16(uint32_t to, const void* from, int bytes) {
@@ -497,6 +505,7 @@ inline void Emulated::barrier_arrive(uint32_t at) {
   Block::Barrier& barrier = found->second;
   ++block_->progress_;
   if (--barrier.left == 0) barrier.left = barrier.count, ++barrier.phase;
+  for (const int64_t round = block_->round_; block_->round_ == round;) block_->yield();
 }
 
 // Until the phase of this parity is complete: the phase under way has the other parity.
@@ -539,9 +548,8 @@ inline void Emulated::wgmma_any(bool bf16, float (&c)[64], uint64_t a, uint64_t 
       }
       if (b.pending_[warp].empty()) b.pending_[warp].emplace_back();
       b.pending_[warp].back().push_back(matrix);
-      if (!b.launch_.late) {
+      if (b.launch_.late) {
         b.multiply(warp, matrix);
-        b.pending_[warp].back().back().bf16 = false;
         b.pending_[warp].back().back().a = ~uint64_t(0);  // done
       }
     }
@@ -555,6 +563,7 @@ inline void Emulated::wgmma_commit() {
 
 inline void Emulated::wgmma_wait_any(int pending) {
   Block& b = *block_;
+  if (b.launch_.defect == Defect::no_wait && pending > 0) return;
   b.meet(b.warps_[thread_ / 32], 32, "wgmma.wait", [&] {
     const int warp = thread_ / 32;
     auto& groups = b.pending_[warp];

@@ -1,10 +1,12 @@
 // Covariance on NVIDIA GPUs of compute capability 8.0 and up: C += Σ w x xᵀ over the kept rows of x (bf16 or fp16),
-// lower triangle, C fp32 or fp64. Three launches on the current stream, no synchronisation, no atomics:
+// lower triangle, C fp32 or fp64. Three or four launches on the current stream, no synchronisation, no atomics:
 //
 // 1. row_states: one warp a row: masked out, of weight 0, non-finite, or kept.
 // 2. row_lists:  one block a group: the kept rows' numbers in order, their weights, the three counts.
 // 3. product:    one block a 128 × 128 tile of the triangle. It gathers the listed rows only, so padding costs no
 //                arithmetic, and a row left out is never read into a product (0 · inf would be NaN).
+// 4. add_splits: only where there are few tiles (small d): several blocks shared a tile's rows; their sums are added in
+//                order. How many depends on shapes and on the GPU's number of multiprocessors, on nothing else.
 //
 // Schedule. A linear block number becomes a tile (i, j), i ≥ j, by a square root that integers correct, in bands of 8
 // rows of tiles (tile_of). Diagonal tiles are computed once, load one panel instead of two, and are stored on and below
@@ -83,6 +85,12 @@ __global__ void __launch_bounds__(Sm90::kThreads, 1) product_sm90_kernel(Product
 #endif
 }
 
+template <class Path, class Acc>
+__global__ void __launch_bounds__(kWorkers) add_splits_kernel(Product a) {
+  Device p;
+  add_splits<Device, Path, Acc>(p, a);
+}
+
 template <class... Words>
 [[noreturn]] void fail(const Words&... words) {
   std::ostringstream message;
@@ -153,21 +161,25 @@ bool use_sm90(int device) {
   return can;
 }
 
-template <class Kernel>
-void launch_product(Kernel kernel, int threads, int shared, const Product& a, int64_t groups, cudaStream_t stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared + kAlignment),
+template <class Path, class Acc, class Kernel>
+void launch_product(Kernel kernel, const Product& a, int64_t groups, cudaStream_t stream) {
+  constexpr int shared = Path::kShared + kAlignment;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
         "shared memory of the product");
-  const dim3 grid(unsigned(tile_count(a.d)), unsigned(groups));
-  kernel<<<grid, threads, shared + kAlignment, stream>>>(a);
+  const unsigned tiles = unsigned(tile_count(a.d));
+  kernel<<<dim3(tiles, unsigned(groups), unsigned(a.splits)), Path::kThreads, shared, stream>>>(a);
   check(cudaGetLastError(), "launch of the product");
+  if (a.splits == 1) return;
+  add_splits_kernel<Path, Acc><<<dim3(tiles, unsigned(groups), kValues / kPart), kWorkers, 0, stream>>>(a);
+  check(cudaGetLastError(), "launch of the sum of parts");
 }
 
 template <Format F, Load L, class Acc>
 void multiply(bool sm90, const Product& a, int64_t groups, cudaStream_t stream) {
   if (sm90)
-    launch_product(product_sm90_kernel<F, L, Acc>, Sm90::kThreads, Sm90::kShared, a, groups, stream);
+    launch_product<Sm90, Acc>(product_sm90_kernel<F, L, Acc>, a, groups, stream);
   else
-    launch_product(product_sm80_kernel<F, L, Acc>, Sm80::kThreads, Sm80::kShared, a, groups, stream);
+    launch_product<Sm80, Acc>(product_sm80_kernel<F, L, Acc>, a, groups, stream);
 }
 
 template <Format F, class Acc>
@@ -316,6 +328,15 @@ void covariance_update(Tensor C, Tensor count, Tensor x, std::optional<Tensor> m
   a.C = C.data_ptr();
   a.C_group = grouped ? C.stride(0) : 0;
   a.C_row = d > 1 ? C.stride(C.dim() - 2) : 1;
+  int processors = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  const int64_t tiles = groups * tile_count(a.d);
+  a.splits = split_count(tiles, rows, processors);
+  std::optional<Tensor> parts;
+  if (a.splits > 1) {
+    parts = torch::stable::new_empty(x, {tiles * a.splits * kValues * kWorkers}, ScalarType::Double);
+    a.partial = static_cast<double*>(parts->data_ptr());
+  }
   const Load load = scale ? Load::weighted : r.aligned ? Load::async : Load::copy;
   if (type == ScalarType::BFloat16)
     r.narrow ? multiply<Format::bf16, float>(load, sm90, a, groups, stream)

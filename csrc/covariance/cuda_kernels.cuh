@@ -207,7 +207,12 @@ struct Product {
   const int32_t* kept;
   void* C;                 // (groups, d, d)
   int64_t C_group, C_row;  // strides, elements
+  int splits;              // blocks that share a tile's rows, where there are few tiles
+  double* partial;         // with more than one: (groups, tiles, splits, kValues, kWorkers), then summed in order
 };
+
+constexpr int kWorkers = 256, kValues = 64;  // threads of a block that hold the tile, entries that each holds
+constexpr int kPart = 16;                    // entries of a thread that are added to C together
 
 struct Tile {
   int i, j;  // in tiles; i ≥ j
@@ -237,6 +242,31 @@ KF_HOST_DEVICE Tile tile_of(int64_t id, int d) {
   rest -= top * height;
   const int64_t row = triangle_row(rest);
   return {int(top + row), int(top + rest - row * (row + 1) / 2)};
+}
+
+// How many blocks share a tile: the fewest waves of blocks times what a block takes. Parts cost a round trip of the tile
+// through memory, put at the time of 1400 rows (arithmetic: 256 KB at 4.3 TB/s over 132 multiprocessors; not measured).
+KF_HOST_DEVICE int split_count(int64_t tiles, int64_t rows, int processors) {
+  constexpr int64_t kRoundTrip = 1400, kFewest = 512;
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int splits = 1; splits <= 16 && (splits == 1 || rows / splits >= kFewest); ++splits) {
+    const int64_t waves = (tiles * splits + processors - 1) / processors;
+    const int64_t cost = waves * ((rows + splits - 1) / splits + (splits > 1 ? kRoundTrip : 0));
+    if (cost < least) least = cost, best = splits;
+  }
+  return best;
+}
+
+// Kept rows of one of a tile's blocks: [begin, end), multiples of BK but for the last.
+struct Share {
+  int begin, end;
+};
+
+KF_HOST_DEVICE Share share_of(int kept, int split, int splits, int step) {
+  const int64_t steps = (kept + step - 1) / step;
+  const int64_t begin = steps * split / splits * step, end = steps * (split + 1) / splits * step;
+  return {int(begin), end < kept ? int(end) : kept};
 }
 
 // Products that a step of BK rows takes: one; with weights, w·x (three bf16 parts) times x (fp16 x: two bf16 parts),
@@ -300,13 +330,13 @@ struct Loader {
   bool diagonal;
   int32_t source[kPer];  // rows of x of the next step, asked for one step ahead; -1 past the end
 
-  KF_DEVICE Loader(const Product& a, int group, Tile tile, int kept_, int t)
+  KF_DEVICE Loader(const Product& a, int group, Tile tile, Share share, int t)
       : x(a.x + group * a.x_group),
-        index(a.index + group * a.rows),
-        weight(L == Load::weighted ? a.weight + group * a.rows : nullptr),
+        index(a.index + group * a.rows + share.begin),
+        weight(L == Load::weighted ? a.weight + group * a.rows + share.begin : nullptr),
         x_row(a.x_row),
         d(a.d),
-        kept(kept_),
+        kept(share.end - share.begin),
         row(t / kChunks),
         chunk(t % kChunks),
         column_a(tile.i * kTile + t % kChunks * kChunk),
@@ -407,23 +437,90 @@ KF_DEVICE void add_to_row(Acc* C, int64_t C_row, int d, int row, int first, Valu
     if (first + e / 2 * 8 + e % 2 <= row) to[e / 2 * 8 + e % 2] = Acc(double(old[e]) + value(e));
 }
 
-// -- sm_80: mma.sync, every warp loads and multiplies
-
+// The two paths. add_to_tile adds a part of what thread t of kWorkers holds of a tile to C: entries kPart · part and on.
 struct Sm80 {
   static constexpr int kThreads = 256, kRowsOfStep = 32, kStages = 4;
   static constexpr int kOperandBytes = kRowsOfStep * kTile * 2, kStageBytes = 2 * kOperandBytes;
   static constexpr int kShared = kStages * kStageBytes;
+
+  // Entry (m · 4 + n) · 4 + e: fragment (m, n) of a warp's 4 × 4 of m16n8.
+  template <class Acc, class Value>
+  static KF_DEVICE void add_to_tile(Acc* C, int64_t C_row, int d, Tile tile, int t, int part, Value value) {
+    const int lane = t % 32, warp = t / 32;
+    const int row = tile.i * kTile + warp / 4 * 64 + lane / 4, column = tile.j * kTile + warp % 4 * 32 + lane % 4 * 2;
+    KF_UNROLL
+    for (int h = 0; h < 2; ++h)  // rows 8 apart
+      add_to_row(C, C_row, d, row + part * 16 + h * 8, column, [&](int e) { return value(e / 2 * 4 + h * 2 + e % 2); });
+  }
 };
+
+struct Sm90 {
+  static constexpr int kThreads = 384, kRowsOfStep = 64, kStages = 6;
+  static constexpr int kOperandBytes = kRowsOfStep * kTile * 2, kStageBytes = 2 * kOperandBytes;
+  static constexpr int kBarriers = 1024, kShared = kBarriers + kStages * kStageBytes;
+  static constexpr int kAhead = 3;  // stages on their way before the oldest is announced
+  static constexpr int kConsumerWarps = 8;
+
+  // Entries as in wgmma's m64n128 accumulator; the second 128 threads hold the lower 64 rows.
+  template <class Acc, class Value>
+  static KF_DEVICE void add_to_tile(Acc* C, int64_t C_row, int d, Tile tile, int t, int part, Value value) {
+    const int row = tile.i * kTile + t / 32 * 16 + t % 32 / 4, column = tile.j * kTile + t % 4 * 2;
+    KF_UNROLL
+    for (int h = 0; h < 2; ++h)
+      add_to_row(C, C_row, d, row + h * 8, column + part * 32, [&](int e) { return value(e / 2 * 4 + h * 2 + e % 2); });
+  }
+};
+
+// Where thread t's entry 0 of a split stands; entry e is e · kWorkers further, so that a warp's are together.
+KF_DEVICE double* partial_at(const Product& a, int group, int64_t tile, int split, int t) {
+  return a.partial + ((group * tile_count(a.d) + tile) * a.splits + split) * (kValues * kWorkers) + t;
+}
+
+template <class S, class Acc, class Value>
+KF_DEVICE void store(const Product& a, int group, int64_t id, Tile tile, int split, int t, Value value) {
+  if (a.splits > 1) {
+    double* to = partial_at(a, group, id, split, t);
+    KF_UNROLL
+    for (int e = 0; e < kValues; ++e) to[e * kWorkers] = value(e);
+  } else {
+    KF_UNROLL
+    for (int part = 0; part < kValues / kPart; ++part)
+      S::add_to_tile(static_cast<Acc*>(a.C) + group * a.C_group, a.C_row, a.d, tile, t, part,
+                     [&](int e) { return value(part * kPart + e); });
+  }
+}
+
+// Adds what a tile's blocks left to C, in their order. kValues / kPart blocks of kWorkers a tile.
+template <class P, class S, class Acc>
+KF_DEVICE void add_splits(P& p, const Product& a) {
+  const int group = p.block_y(), part = p.block_z();
+  const int64_t id = p.block_x();
+  if (a.kept[group] == 0) return;
+  double sum[kPart];
+  KF_UNROLL
+  for (int e = 0; e < kPart; ++e) sum[e] = 0.0;
+  KF_NO_UNROLL
+  for (int split = 0; split < a.splits; ++split) {
+    const double* from = partial_at(a, group, id, split, p.thread()) + part * (kPart * kWorkers);
+    KF_UNROLL
+    for (int e = 0; e < kPart; ++e) sum[e] += from[e * kWorkers];
+  }
+  S::add_to_tile(static_cast<Acc*>(a.C) + group * a.C_group, a.C_row, a.d, tile_of(id, a.d), p.thread(), part,
+                 [&](int e) { return sum[e]; });
+}
+
+// -- sm_80: mma.sync, every warp loads and multiplies
 
 template <class P, Format F, Load L, class Acc>
 KF_DEVICE void product_sm80(P& p, const Product& a) {
   using S = Sm80;
   constexpr int BK = S::kRowsOfStep;
-  const int group = p.block_y();
+  const int group = p.block_y(), split = p.block_z();
   const Tile tile = tile_of(p.block_x(), a.d);
   const int kept = a.kept[group];
-  const int steps = (kept + BK - 1) / BK * kTerms<F, L>;
-  if (steps == 0) return;
+  if (kept == 0) return;
+  const Share share = share_of(kept, split, a.splits, BK);
+  const int steps = (share.end - share.begin + BK - 1) / BK * kTerms<F, L>;
   const bool shared_panel = L != Load::weighted && tile.i == tile.j;
   const uint32_t base = p.shared(), b_offset = shared_panel ? 0 : S::kOperandBytes;
 
@@ -443,7 +540,7 @@ KF_DEVICE void product_sm80(P& p, const Product& a) {
       KF_UNROLL
       for (int e = 0; e < 4; ++e) acc[m][n][e] = sum[m][n][e] = 0.0f, lost[m][n][e / 2].pair = 0;
 
-  Loader<P, F, L, BK, S::kThreads, RowsLayout> loader(a, group, tile, kept, p.thread());
+  Loader<P, F, L, BK, S::kThreads, RowsLayout> loader(a, group, tile, share, p.thread());
   KF_NO_UNROLL
   for (int step = 0; step < S::kStages - 1; ++step) {
     const uint32_t stage = base + step * S::kStageBytes;
@@ -490,26 +587,13 @@ KF_DEVICE void product_sm80(P& p, const Product& a) {
     }
   }
 
-  Acc* C = static_cast<Acc*>(a.C) + group * a.C_group;
-  const int row0 = tile.i * kTile + warp_m + lane / 4, column0 = tile.j * kTile + warp_n + lane % 4 * 2;
-  KF_UNROLL
-  for (int m = 0; m < 4; ++m)
-    KF_UNROLL
-    for (int h = 0; h < 2; ++h)  // rows 8 apart
-      add_to_row(C, a.C_row, a.d, row0 + m * 16 + h * 8, column0, [&](int e) {
-        return double(sum[m][e / 2][h * 2 + e % 2]) - double(lost[m][e / 2][h][e % 2]);
-      });
+  store<S, Acc>(a, group, p.block_x(), tile, split, p.thread(), [&](int e) {
+    const int m = e / 16, n = e / 4 % 4;
+    return double(sum[m][n][e % 4]) - double(lost[m][n][e / 2 % 2][e % 2]);
+  });
 }
 
 // -- sm_90a: one warpgroup loads, two multiply with wgmma from shared memory
-
-struct Sm90 {
-  static constexpr int kThreads = 384, kRowsOfStep = 64, kStages = 6;
-  static constexpr int kOperandBytes = kRowsOfStep * kTile * 2, kStageBytes = 2 * kOperandBytes;
-  static constexpr int kBarriers = 1024, kShared = kBarriers + kStages * kStageBytes;
-  static constexpr int kAhead = 3;  // stages on their way before the oldest is announced
-  static constexpr int kConsumerWarps = 8;
-};
 
 // Descriptor of a wgmma operand in AtomsLayout (PTX ISA, "Matrix descriptor format", MN-major, 128-byte swizzle):
 // start address, distance of the next 64 columns (leading), distance of the next 8 rows (stride), in units of 16 bytes.
@@ -525,10 +609,11 @@ KF_DEVICE void product_sm90(P& p, const Product& a) {
   constexpr int BK = S::kRowsOfStep;
   constexpr int ahead = L == Load::async ? S::kAhead : 0;
   static_assert(S::kAhead <= S::kStages - 2, "a consumer frees a stage only once the next one was announced");
-  const int group = p.block_y();
+  const int group = p.block_y(), split = p.block_z();
   const int kept = a.kept[group];
-  const int steps = (kept + BK - 1) / BK * kTerms<F, L>;
-  if (steps == 0) return;
+  if (kept == 0) return;
+  const Share share = share_of(kept, split, a.splits, BK);
+  const int steps = (share.end - share.begin + BK - 1) / BK * kTerms<F, L>;
   const uint32_t full = p.shared(), empty = full + S::kStages * 8, base = full + S::kBarriers;
   if (p.thread() == 0)
     for (int stage = 0; stage < S::kStages; ++stage) {
@@ -540,7 +625,7 @@ KF_DEVICE void product_sm90(P& p, const Product& a) {
   if (p.thread() < 128) {
     p.template registers_down<40>();
     const Tile tile = tile_of(p.block_x(), a.d);
-    Loader<P, F, L, BK, 128, AtomsLayout<BK>> loader(a, group, tile, kept, p.thread());
+    Loader<P, F, L, BK, 128, AtomsLayout<BK>> loader(a, group, tile, share, p.thread());
     KF_NO_UNROLL
     for (int step = 0; step < steps + ahead; ++step) {
       if (step < steps) {
@@ -560,7 +645,7 @@ KF_DEVICE void product_sm90(P& p, const Product& a) {
     p.template registers_up<232>();
     const Tile tile = tile_of(p.block_x(), a.d);
     const int half = p.thread() / 128 - 1;  // of the tile's rows
-    const int lane = p.thread() % 32, warp = p.thread() / 32 % 4;
+    const int lane = p.thread() % 32;
     const uint32_t b_offset = L != Load::weighted && tile.i == tile.j ? 0 : S::kOperandBytes;
     float acc[64], sum[64];
     Lost lost[32];
@@ -593,16 +678,8 @@ KF_DEVICE void product_sm90(P& p, const Product& a) {
       for (int e = 0; e < 64; e += 2) add_compensated(p, sum[e], sum[e + 1], lost[e / 2], acc[e], acc[e + 1]);
     }
 
-    Acc* C = static_cast<Acc*>(a.C) + group * a.C_group;
-    const int row0 = tile.i * kTile + half * 64 + warp * 16 + lane / 4, column0 = tile.j * kTile + lane % 4 * 2;
-    KF_UNROLL
-    for (int part = 0; part < 4; ++part)
-      KF_UNROLL
-      for (int h = 0; h < 2; ++h)  // rows 8 apart
-        add_to_row(C, a.C_row, a.d, row0 + h * 8, column0 + part * 32, [&](int e) {
-          const int at = part * 16 + e / 2 * 4 + h * 2 + e % 2;
-          return double(sum[at]) - double(lost[at / 2][e % 2]);
-        });
+    store<S, Acc>(a, group, p.block_x(), tile, split, p.thread() - 128,
+                  [&](int e) { return double(sum[e]) - double(lost[e / 2][e % 2]); });
   }
 }
 

@@ -57,6 +57,7 @@ struct Case {
   bool bad_rows = false;
   bool late = true, backwards = false;
   bool positive = false;  // sums that only grow
+  int splits = 1;
 };
 
 constexpr Format bf = Format::bf16, fp = Format::fp16;
@@ -72,6 +73,7 @@ const Case kCases[] = {
     {"two flushes and a rest, ring twice around", 80, fp, false, 1, 600, 136, 0, 0, 8},
     {"two flushes and a rest, ring twice around", 90, fp, false, 1, 600, 136, 0, 0, 8},
     {"ring, at once and backwards", 90, bf, false, 1, 460, 72, 0, 0, 1, Scale::none, true, false, true},
+    {"ring, at once and forwards", 90, bf, false, 1, 600, 72, 0, 0, 0, Scale::none, false, false, false},
     {"ring, late and backwards", 90, bf, false, 1, 460, 72, 0, 0, 1, Scale::none, true, true, true},
     {"ring, at once and forwards", 80, bf, false, 1, 230, 72, 0, 0, 1, Scale::none, true, false, false},
     {"padded rows, d not a multiple of 8", 80, bf, false, 1, 70, 133, 3, 0, 1, Scale::none, true},
@@ -85,6 +87,9 @@ const Case kCases[] = {
     {"weights, fp16", 80, fp, false, 2, 50, 60, 0, 0, 0, Scale::fp64, true},
     {"weights, fp16, fp32 sums", 90, fp, true, 1, 90, 61, 0, 0, 1, Scale::fp16, true, false, true},
     {"weights in bf16", 80, bf, true, 1, 33, 16, 0, 0, 0, Scale::bf16},
+    {"a tile's rows shared", 80, bf, false, 2, 300, 140, 4, 0, 1, Scale::none, true, true, false, false, 3},
+    {"a tile's rows shared", 90, bf, true, 2, 300, 140, 4, 0, 1, Scale::none, true, true, false, false, 2},
+    {"more shares than steps", 90, fp, false, 1, 70, 40, 0, 0, 0, Scale::fp32, false, true, false, false, 5},
     {"nothing kept", 80, bf, false, 1, 0, 24, 0, 0, 1},
     {"one value", 80, bf, false, 1, 1, 1},
     {"one value", 90, fp, false, 1, 1, 1},
@@ -98,8 +103,10 @@ struct Named {
 };
 const Named kDefects[] = {{"fragment", Defect::fragment},     {"transposed", Defect::transposed},
                           {"no_fence", Defect::no_fence},     {"no_barrier", Defect::no_barrier},
+                          {"no_list_barrier", Defect::no_barrier},
                           {"no_zeros", Defect::no_zeros},     {"offsets", Defect::offsets},
-                          {"no_swizzle", Defect::no_swizzle}, {"early_free", Defect::early_free},
+                          {"no_swizzle", Defect::no_swizzle}, {"no_wait", Defect::no_wait},
+                          {"early_free", Defect::early_free},
                           {"plain_sum", Defect::plain_sum}};
 
 uint16_t narrow_to(Format format, float value) {
@@ -128,18 +135,31 @@ Statistics multiply(int path, const Product& a, Launch launch, int groups) {
   Statistics all;
   launch.threads = path == 80 ? Sm80::kThreads : Sm90::kThreads;
   launch.shared = path == 80 ? Sm80::kShared : Sm90::kShared;
+  const auto run = [&](auto body) {
+    const Statistics one = Block::run(launch, body);
+    all.bank_conflicts += one.bank_conflicts;
+    all.mma += one.mma;
+    all.wgmma += one.wgmma;
+  };
   for (launch.block_y = 0; launch.block_y < groups; ++launch.block_y)
-    for (launch.block_x = 0; launch.block_x < tile_count(a.d); ++launch.block_x) {
-      const Statistics one = Block::run(launch, [&](Emulated& p) {
-        if (path == 80)
-          product_sm80<Emulated, F, L, Acc>(p, a);
-        else
-          product_sm90<Emulated, F, L, Acc>(p, a);
-      });
-      all.bank_conflicts += one.bank_conflicts;
-      all.mma += one.mma;
-      all.wgmma += one.wgmma;
-    }
+    for (launch.block_x = 0; launch.block_x < tile_count(a.d); ++launch.block_x)
+      for (launch.block_z = 0; launch.block_z < a.splits; ++launch.block_z)
+        run([&](Emulated& p) {
+          if (path == 80)
+            product_sm80<Emulated, F, L, Acc>(p, a);
+          else
+            product_sm90<Emulated, F, L, Acc>(p, a);
+        });
+  launch.threads = kWorkers;
+  for (launch.block_y = 0; launch.block_y < groups && a.splits > 1; ++launch.block_y)
+    for (launch.block_x = 0; launch.block_x < tile_count(a.d); ++launch.block_x)
+      for (launch.block_z = 0; launch.block_z < kValues / kPart; ++launch.block_z)
+        run([&](Emulated& p) {
+          if (path == 80)
+            add_splits<Emulated, Sm80, Acc>(p, a);
+          else
+            add_splits<Emulated, Sm90, Acc>(p, a);
+        });
   return all;
 }
 
@@ -166,7 +186,7 @@ double scale_at(Scale kind, const std::vector<unsigned char>& bytes, size_t i) {
 }
 
 template <class Acc>
-bool run(const Case& c, Defect defect) {
+bool run(const Case& c, Defect defect, bool of_lists) {
   std::mt19937 random(1234 + c.rows + c.d);
   std::normal_distribution<float> normal;
   const auto uniform = [&] { return double(random()) / 4294967296.0; };
@@ -231,7 +251,7 @@ bool run(const Case& c, Defect defect) {
   Launch launch;
   launch.late = c.late;
   launch.backwards = c.backwards;
-  launch.defect = defect;
+  launch.defect = of_lists ? defect : Defect::none;
   launch.threads = 256;
   for (launch.block_x = 0; launch.block_x < int64_t(total + 7) / 8; ++launch.block_x)
     Block::run(launch, [&](Emulated& p) { row_states(p, r); });
@@ -239,6 +259,7 @@ bool run(const Case& c, Defect defect) {
   for (launch.block_x = 0; launch.block_x < int64_t(G); ++launch.block_x)
     Block::run(launch, [&](Emulated& p) { row_lists(p, r); });
 
+  launch.defect = of_lists ? Defect::none : defect;
   Product a{};
   a.x = x.get();
   a.x_group = r.x_group;
@@ -251,6 +272,9 @@ bool run(const Case& c, Defect defect) {
   a.C = C.data();
   a.C_group = d * d;
   a.C_row = d;
+  a.splits = c.splits;
+  std::vector<double> partial(c.splits > 1 ? G * tile_count(c.d) * c.splits * kValues * kWorkers : 0, NAN);
+  a.partial = partial.data();
   const Load load = scale_bytes ? Load::weighted : r.aligned ? Load::async : Load::copy;
   const Statistics statistics = c.format == bf ? multiply<bf, Acc>(load, c.path, a, launch, c.groups)
                                                : multiply<fp, Acc>(load, c.path, a, launch, c.groups);
@@ -341,23 +365,42 @@ bool schedule_holds() {
   return true;
 }
 
+// Every kept row in one share; few tiles are shared, many or short ones are not.
+bool shares_hold() {
+  for (int kept : {1, 31, 32, 33, 64, 1000, 8191})
+    for (int splits = 1; splits <= 16; ++splits)
+      for (int step : {32, 64}) {
+        int next = 0;
+        for (int split = 0; split < splits; ++split) {
+          const Share share = share_of(kept, split, splits, step);
+          if (share.end < share.begin || (share.end > share.begin && share.begin != next)) return false;
+          if (share.end > share.begin) next = share.end;
+        }
+        if (next != kept) return false;
+      }
+  return split_count(tile_count(1024), 8192, 132) > 1 && split_count(tile_count(4096), 8192, 132) == 1 &&
+         split_count(tile_count(1024), 512, 132) == 1 && split_count(tile_count(18944), 65536, 132) == 1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   Defect defect = Defect::none;
+  bool of_lists = false;
   if (argc == 3 && std::string(argv[1]) == "--defect") {
     for (const Named& named : kDefects)
       if (named.name == std::string(argv[2])) defect = named.defect;
+    of_lists = argv[2] == std::string("no_list_barrier");
     if (defect == Defect::none) return 2;
   } else if (argc != 1) {
     return 2;
   }
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  bool right = schedule_holds();
+  bool right = schedule_holds() && shares_hold();
   if (!right) std::printf("BAD  the schedule\n");
   for (const Case& c : kCases) {
     if (defect != Defect::none && c.positive != (defect == Defect::plain_sum)) continue;
-    right &= c.narrow ? run<float>(c, defect) : run<double>(c, defect);
+    right &= c.narrow ? run<float>(c, defect, of_lists) : run<double>(c, defect, of_lists);
     if (!right && defect != Defect::none) break;
   }
   return right ? 0 : 1;
