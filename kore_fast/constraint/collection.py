@@ -51,20 +51,21 @@ def collect_covariance(
 ) -> CovarianceStore:
     """Covariances of the inputs of a model's linear layers over batches of old knowledge (KORE step 1).
 
-    **Memory.** A distinct input of width d takes 8·d² bytes for its sum (44 GB for LLaVA-7B in all, 0.8 GB for the 135M
-    model of the quickstart) and a buffer of at most 4096 rows and a quarter of that, both on the model's device. With
-    ``max_memory``, sums and buffers stay within it. Beside them: what one kernel call takes, and one batch. The result
-    takes 4·d² bytes for each input in the host's memory.
+    **Memory.** On the model's device, over distinct inputs of width d: 8·Σd² bytes for sums (44 GB for LLaVA-7B, 0.8 GB
+    for the 135M model of the quickstart) and for buffers a quarter of that, at most 4096 rows each; or both within
+    ``max_memory``. On the host 4·Σd² bytes for the result, or in the files it was spilled to. Beside that: a batch and
+    what one kernel call takes; when spilling two products on their way, 8·d² of the widest on the host; with several
+    ranks three sums on their way, 12·d².
 
-    What does not fit ``max_memory`` is collected
+    What does not fit ``max_memory`` is collected (after one more forward pass over the first batch, to plan)
 
-    - in further passes over the batches, where these can be gone through again. This is the default because a pass
-      costs one forward pass, while moving sums costs 4·d² bytes of traffic and an addition on the CPU for every full
-      buffer: on an accelerator that is more (LLaVA-7B within 12 GB: 5 passes);
+    - in further passes over the batches, where these can be gone through again. This is the default: a pass costs one
+      forward pass (LLaVA-7B within 12 GB takes 5), while spilling moves 4·d² bytes for every full buffer and adds them
+      up on the CPU, which by arithmetic costs an accelerator more;
     - with ``spill``, or from an iterator when the model is on an accelerator, in one pass: the products leave the
       device on a stream of their own and a thread adds them up elsewhere, while the forward pass goes on; when two are
-      on their way, it waits. They take 4·d² bytes there for each sum, in the host's memory or in files. A slow forward
-      pass (a large model on a CPU) is worth more than the traffic: give it a folder.
+      on their way, it waits. Where the forward pass is slow (a large model on a CPU), give a folder: the traffic costs
+      less than a pass. Spilling from a GPU has not run on one yet.
 
     **Several ranks.** Where `torch.distributed` is initialised with more than one rank (torchrun), each runs its share
     of the batches: those whose number modulo the ranks' is its own. Sums are reduced in float64 to owners, chosen so
@@ -108,6 +109,8 @@ def collect_covariance(
     """
     if gather not in ("first", "all", "none"):
         raise ConstraintError(f"gather={gather!r}: want 'first', 'all' or 'none'")
+    if spill is not None and max_memory is None:
+        raise ConstraintError(f"spill={str(spill)!r} without max_memory: say how many bytes may stay on the device")
     layers = select_linears(model, target_modules)
     ranks = Ranks(model, sharded=sharded)
     collection = _Collection(model, layers, batches, max_memory, spill, ranks, progress)
@@ -142,7 +145,6 @@ class _Collection:
     ) -> None:
         self.model, self.layers, self.ranks = model, layers, ranks
         self.device = next(model.parameters()).device
-        self.inputs = DistinctInputs(model, layers, self.device)
         self._batches = batches
         # One rank's iterator decides for all: they go through the same passes.
         self._once = any(ranks.gather(not callable(batches) and iter(batches) is batches))
@@ -156,6 +158,8 @@ class _Collection:
         # By group: the packed sums that this rank owns, and every count.
         self.packed: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
+        # Last: from here on the model has hooks, which the caller takes off.
+        self.inputs = DistinctInputs(model, layers, self.device)
 
     def keep_checkpoint(self, folder: Path, seconds: float, source: str, about: dict[str, Any]) -> None:
         """Write checkpoints into ``folder``, of a collection that is told from others by what it depends on."""

@@ -49,13 +49,9 @@ class Part:
         return self.packed.read() if isinstance(self.packed, _Saved) else self.packed
 
 
-def pack(C: torch.Tensor) -> torch.Tensor:
-    """Rows of the lower triangle of ``C`` (d, d), one after the other: (d(d+1)/2,)."""
-    return torch.cat([C[i, : i + 1] for i in range(C.shape[0])])
-
-
 def unpack(packed: torch.Tensor, d: int) -> torch.Tensor:
-    """Inverse of `pack`, mirrored: (d, d) symmetric."""
+    """The symmetric (d, d) matrix of which ``packed`` (d(d+1)/2,) holds the rows of the lower triangle, one after the
+    other."""
     C = packed.new_zeros(d, d)
     start = 0
     for i in range(d):

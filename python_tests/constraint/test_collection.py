@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +197,54 @@ def test_an_iterator_serves_one_pass_only(tiny_model: nn.Module, encoded: list[A
     assert collect_covariance(tiny_model, once).tokens(LAYER.format(0, "self_attn.q_proj")) == sum(map(len, encoded))
     with pytest.raises(ConstraintError, match="passes over the batches"):
         collect_covariance(tiny_model, iter(batches(encoded, 2)), max_memory=8 * 64 * 64)
+
+
+def test_small_batches_wait_for_each_other() -> None:
+    """Token by token, with padding and weights: the same sums as all at once, in fewer calls than batches."""
+    model = nn.Sequential(nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 3)).double()
+    x, mask, weights = torch.randn(60, 5, 40, dtype=torch.float64), torch.rand(60, 5) > 0.3, torch.rand(60, 5)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    def split(size: int) -> list[dict[str, torch.Tensor]]:
+        names = ("x", "attention_mask", "token_weights")
+        return [
+            dict(zip(names, t, strict=True)) for t in zip(*(v.split(size) for v in (x, mask, weights)), strict=True)
+        ]
+
+    targets = ["inner.0", "inner.2"]
+    one, many = (collect_covariance(Named(), split(size), target_modules=targets) for size in (60, 1))
+    w = (mask * weights).double()
+    wanted = torch.einsum("btd,bt,bte->de", x, w, x) / w.sum()
+    assert torch.allclose(one.covariance("inner.0"), wanted, rtol=1e-12, atol=1e-14)
+    for layer in targets:
+        assert torch.allclose(many.covariance(layer), one.covariance(layer), rtol=1e-12, atol=1e-14)
+        assert torch.allclose(many.count(layer), one.count(layer), rtol=1e-13, atol=0)
+
+
+def test_an_iterator_is_enough_where_sums_may_go_to_a_folder(
+    tiny_model: nn.Module, encoded: list[Any], tmp_path: Path
+) -> None:
+    tiny_model.double()
+    made = doubled(batches(encoded, 1))
+    given: dict[str, Any] = {"max_memory": 3 * 8 * 64 * 64, "spill": tmp_path / "sums"}
+    assert_same(collect_covariance(tiny_model, made), collect_covariance(tiny_model, iter(made), **given), 1e-13)
+    assert list((tmp_path / "sums").iterdir()) == []
+    assert not any(thread.name == "covariance sums" for thread in threading.enumerate())
+
+
+def test_spilling_that_means_nothing(tiny_model: nn.Module, encoded: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(ConstraintError, match="without max_memory"):
+        collect_covariance(tiny_model, batches(encoded, 1), spill=tmp_path)
+    with pytest.raises(ConstraintError, match="the model is on the CPU already"):
+        collect_covariance(tiny_model.train(), batches(encoded, 1), spill="cpu", max_memory=10**6)
+    assert_clean(tiny_model)
 
 
 def test_limit_below_one_covariance_names_the_layer(tiny_model: nn.Module, encoded: list[Any]) -> None:

@@ -73,9 +73,10 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_killed_at_every_stage_ends_with_the_same_files(finished: Path, tmp_path: Path) -> None:
-    command = ["run", str(finished), "--run", str(tmp_path / "run")]
+    command = ["run", str(finished), "--run", str(tmp_path / "run"), "--set=covariance.checkpoint_seconds=0"]
     points = [
         "augment/.questions.jsonl.partial",
+        "covariance/text.checkpoint/b/slot.json",
         "covariance/chat.safetensors",
         "init/kore/stage.json",
         "train/lora/checkpoints/checkpoint-4/trainer_state.json",
