@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,47 @@ def test_nothing_waits_for_an_accelerator(kind: str, monkeypatch: pytest.MonkeyP
     assert seen == [straight, straight, waited, waited]
 
 
-@pytest.fixture(params=["memory", "disk"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+class Stream:
+    """Stands in for a stream and its events: notes the order of what the copy out of a device relies on."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def wait_stream(self, other: Any) -> None:
+        self.calls.append("wait for the product")
+
+    def record(self, stream: Any) -> None:
+        assert stream is self
+        self.calls.append("copied")
+
+    def synchronize(self) -> None:
+        assert "copied" in self.calls
+        self.calls.append("arrived")
+
+
+@pytest.fixture(params=["memory", "disk", "through a landing", "through a stream"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path | None:
+    """Where sums go; by the way of a GPU's products too, with plain memory and a stream that does nothing."""
+    if request.param.startswith("through"):
+        real = module._Slot.__init__
+
+        def landing(slot: Any, widest: int, device: torch.device) -> None:
+            real(slot, widest, device)
+            slot.landed = torch.full((panel_size(widest),), float("nan"), dtype=torch.float64)
+            slot.arrived = stream if request.param == "through a stream" else None
+
+        monkeypatch.setattr(module._Slot, "__init__", landing)
+    if request.param == "through a stream":
+        stream = Stream()
+        original = Spill.__init__
+
+        def streaming(spill: Any, *given: Any) -> None:
+            original(spill, *given)
+            spill._stream = stream
+
+        monkeypatch.setattr(Spill, "__init__", streaming)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     return tmp_path / "spill" if request.param == "disk" else None
 
 
