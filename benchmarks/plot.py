@@ -40,7 +40,9 @@ def draw(path: Path) -> Path | None:
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time as a multiple of ours (right of 1: slower than ours)")
-    axes.set_title(f"{path.stem} on {rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['threads']} threads", fontsize=10)
+    axes.set_title(
+        f"{path.stem} on {rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['threads']} threads", fontsize=10
+    )
     axes.legend(fontsize=8)
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=110, metadata={"Software": None})
