@@ -120,7 +120,7 @@ def run_scenarios(out: Path) -> None:
     """What the two ranks do; stores and messages go to ``out``."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     torch.set_num_threads(1)
     rank = dist.get_rank()
     plain, wrapped = Stack(), sharded_model()
@@ -194,7 +194,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command = [*launcher, "--rdzv-endpoint=localhost:0", __file__, str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return out
 
