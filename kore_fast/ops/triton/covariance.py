@@ -29,11 +29,12 @@ float64. Three bfloat16s hold a float32 to its last bit, so the split adds no er
 weighted float16 rows a product off the tensor cores. Products over 3e38, as of x over 1e19, overflow float32: the
 reference takes those. Under Triton 3.4, which has no float64 products, the reference takes float64 rows.
 
-The same call on the same device gives the same bits. Candidates for one shape differ in tile and prefetching only, not
-in the order of additions. The fastest is found at the first call of a shape, on a scratch copy of a part of the work
-(this waits for the GPU, once); KORE_FAST_AUTOTUNE=0 takes the first choice by rule, and so does a graph's capture.
+The same call on a device gives the same bits. Candidates for one shape differ in tile and prefetching, not in the
+order of additions, so the choice should not show in a bit either (a test for GPUs compares them). The fastest is found
+at the first call of a shape, on a scratch copy of a part of the work (this waits for the GPU, once);
+KORE_FAST_AUTOTUNE=0 takes the first choice by rule, and so does a graph's capture.
 
-Compiles for sm_80, sm_90, sm_100 and gfx942 without spills. Speed on a GPU: not measured.
+Compiles for sm_80, sm_90, sm_100 and gfx942 without spills. Not yet run on a GPU; speed on a GPU: not measured.
 """
 
 from __future__ import annotations

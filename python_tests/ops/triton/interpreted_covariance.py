@@ -207,13 +207,13 @@ def test_the_split_of_weighted_rows_keeps_float32(monkeypatch: pytest.MonkeyPatc
     assert errors[2] < 3e-7
 
 
-def test_a_tail_of_1e8_survives_where_one_float32_sum_loses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tail_of_1e_9_survives_where_one_float32_sum_loses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shipped chunk and span; three massive directions and a tail: the bottom-r space of C leaks as the oracle's."""
     monkeypatch.undo()
-    monkeypatch.setattr(backend, "candidates", lambda *_: (Config(128, 64, 4, 2),))
+    monkeypatch.setattr(backend, "candidates", lambda *_: (Config(64, 64, 4, 2),))
     torch.manual_seed(0)
-    d, count, r = 96, 8192, 16
-    deviations = torch.cat([torch.full((3,), 1.0), torch.logspace(-1, -4.3, d - 3)]).double()
+    d, count, r = 64, 4096, 16
+    deviations = torch.cat([torch.full((3,), 1.0), torch.logspace(-1, -4.5, d - 3)]).double()
     turn = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
     x = (torch.randn(count, d, dtype=torch.float64) * deviations @ turn.T).float()
     exact = x.double().T @ x.double()
@@ -227,7 +227,7 @@ def test_a_tail_of_1e8_survives_where_one_float32_sum_loses_it(monkeypatch: pyte
     single = torch.zeros(d, d)
     for block in x.split(64):
         single += block.T @ block
-    assert leak(single) > 1.1 * best
+    assert leak(single) > 1.03 * best
 
 
 def test_tuning_takes_the_fastest_that_fits_and_leaves_the_sums_alone(monkeypatch: pytest.MonkeyPatch) -> None:
