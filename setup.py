@@ -2,7 +2,8 @@
 
 Environment:
     KORE_FAST_NATIVE  0: install pure Python. 1: a missing compiler is an error. Default: build where it can be built.
-    KORE_FAST_CUDA    0: no CUDA library. 1: a missing nvcc is an error. Default: build it where nvcc is.
+    KORE_FAST_CUDA    0: no CUDA library. 1: a missing nvcc is an error. Default: build it where nvcc is, but not for a CPU
+                      build of torch, which could not load it.
     KORE_FAST_CUDA_ARCHITECTURES  as CMake's CUDA_ARCHITECTURES; default "80;90a-real".
     MAX_JOBS          compile jobs side by side; default: what cores and memory allow.
 
@@ -102,8 +103,12 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         """Build all, then say what was built."""
-        folder, cuda = torch_folder(), nvcc() if switch("KORE_FAST_CUDA") is not False else None
+        folder = torch_folder()
         assert folder is not None
+        wanted = switch("KORE_FAST_CUDA")
+        if wanted is None:
+            wanted = not torch_version(folder).endswith("+cpu")
+        cuda = nvcc() if wanted else None
         if switch("KORE_FAST_CUDA") and cuda is None:
             raise SystemExit("KORE_FAST_CUDA=1, but there is no nvcc on the path, in CUDA_HOME or in /usr/local/cuda")
         package = ROOT / "kore_fast" if self.editable_mode or self.inplace else Path(self.build_lib) / "kore_fast"
