@@ -124,7 +124,8 @@ struct Device {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
   }
 
-#define KF_ROW(op, r, i) op(r[i]), op(r[i + 1]), op(r[i + 2]), op(r[i + 3]), op(r[i + 4]), op(r[i + 5]), op(r[i + 6]), op(r[i + 7])
+#define KF_ROW(op, r, i)                                                                                  \
+  op(r[i]), op(r[i + 1]), op(r[i + 2]), op(r[i + 3]), op(r[i + 4]), op(r[i + 5]), op(r[i + 6]), op(r[i + 7])
 #define KF_ALL(op, r)                                                                                            \
   KF_ROW(op, r, 0), KF_ROW(op, r, 8), KF_ROW(op, r, 16), KF_ROW(op, r, 24), KF_ROW(op, r, 32), KF_ROW(op, r, 40), \
       KF_ROW(op, r, 48), KF_ROW(op, r, 56)

@@ -263,7 +263,8 @@ class Block {
 
   static float widen(bool bf16, uint16_t bits) {
     const int exponent_bits = bf16 ? 8 : 5, mantissa_bits = 15 - exponent_bits;
-    const int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1), mantissa = bits & ((1 << mantissa_bits) - 1);
+    const int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1);
+    const int mantissa = bits & ((1 << mantissa_bits) - 1);
     const int bias = (1 << (exponent_bits - 1)) - 1;
     float value;
     if (exponent == (1 << exponent_bits) - 1)

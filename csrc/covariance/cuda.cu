@@ -18,7 +18,7 @@
 // KORE_FAST_CUDA_PATH=sm80 or sm90 forces one; else compute capability 9.0 takes sm90 and any other sm80.
 //
 // Accumulation and error. Products of bf16 or fp16 are exact in fp32. Tensor cores add 16 at a time to an fp32
-// accumulator, and cut (not round) what lies below the largest term's last bits. What is cut grows with the chain, so an
+// accumulator, and cut (not round) what lies below the largest term's last bits. What is cut grows with the chain: an
 // accumulator takes at most 128 products; then it is added, rounded to nearest and compensated (Kahan), to a second one
 // in registers, and sum minus compensation goes to C in fp64 arithmetic. With S = Σ |w x_i x_j| over a call's rows:
 //   |error of an entry| ≤ 2^-16 S at worst (8 instructions, 17 terms each, each cut below 2^-24 of the largest),
@@ -36,6 +36,7 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -102,24 +103,6 @@ template <class... Words>
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) fail(what, ": ", cudaGetErrorString(error));
 }
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
 
 // torch's current stream. libtorch_cuda is looked up, not linked, so that one build serves every torch with CUDA.
 cudaStream_t current_stream(int device) {
@@ -273,7 +256,9 @@ void covariance_update(Tensor C, Tensor count, Tensor x, std::optional<Tensor> m
     fail("more than 65535 groups, or 2^31 rows of a group or columns");
 
   const int device = x.get_device_index();
-  const DeviceGuard guard(device);
+  // torch's guard restores the device as torch sees it; this library's own CUDA runtime is told separately.
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check(cudaSetDevice(device), "cudaSetDevice");
   const bool sm90 = use_sm90(device);
   const cudaStream_t stream = current_stream(device);
 

@@ -32,7 +32,7 @@ constexpr int kChunks = kTile / kChunk; // chunks of a row of a tile
 constexpr int kFlush = 128;             // products that the tensor cores' accumulators hold at most
 constexpr int kBand = 8;                // rows of tiles that the schedule walks together
 
-// ---- bits ----------------------------------------------------------------------------------------------------------
+// ---- bits -----------------------------------------------------------------------------------------------------------
 
 KF_HOST_DEVICE float as_float(uint32_t bits) {
   float value;
@@ -78,7 +78,7 @@ KF_DEVICE float product(float a, float b) {
 #endif
 }
 
-// ---- rows: which are kept, with which weight -------------------------------------------------------------------------
+// ---- rows: which are kept, with which weight ------------------------------------------------------------------------
 
 struct Rows {
   const uint16_t* x;         // (groups, rows, d), columns contiguous
@@ -195,7 +195,7 @@ KF_DEVICE void row_lists(P& p, const Rows& a) {
   }
 }
 
-// ---- the product -------------------------------------------------------------------------------------------------------
+// ---- the product ----------------------------------------------------------------------------------------------------
 
 struct Product {
   const uint16_t* x;       // (groups, rows, d), columns contiguous
@@ -244,8 +244,9 @@ KF_HOST_DEVICE Tile tile_of(int64_t id, int d) {
   return {int(top + row), int(top + rest - row * (row + 1) / 2)};
 }
 
-// How many blocks share a tile: the fewest waves of blocks times what a block takes. Parts cost a round trip of the tile
-// through memory, put at the time of 1400 rows (arithmetic: 256 KB at 4.3 TB/s over 132 multiprocessors; not measured).
+// How many blocks share a tile: the fewest waves of blocks times what a block takes. Sharing costs a round trip of the
+// tile through memory, put at the time of 1400 rows (arithmetic: 256 KB at 4.3 TB/s over 132 multiprocessors; not
+// measured).
 KF_HOST_DEVICE int split_count(int64_t tiles, int64_t rows, int processors) {
   constexpr int64_t kRoundTrip = 1400, kFewest = 512;
   int best = 1;
@@ -437,7 +438,7 @@ KF_DEVICE void add_to_row(Acc* C, int64_t C_row, int d, int row, int first, Valu
     if (first + e / 2 * 8 + e % 2 <= row) to[e / 2 * 8 + e % 2] = Acc(double(old[e]) + value(e));
 }
 
-// The two paths. add_to_tile adds a part of what thread t of kWorkers holds of a tile to C: entries kPart · part and on.
+// The two paths. add_to_tile adds to C a part of what thread t of kWorkers holds of a tile: entries kPart · part on.
 struct Sm80 {
   static constexpr int kThreads = 256, kRowsOfStep = 32, kStages = 4;
   static constexpr int kOperandBytes = kRowsOfStep * kTile * 2, kStageBytes = 2 * kOperandBytes;

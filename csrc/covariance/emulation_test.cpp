@@ -26,7 +26,8 @@ class Guarded {
   explicit Guarded(size_t count, size_t offset = 0) : bytes_((count + offset) * sizeof(T)) {
     page_ = size_t(sysconf(_SC_PAGESIZE));
     whole_ = (bytes_ + 31) / page_ * page_ + page_;
-    base_ = static_cast<char*>(mmap(nullptr, whole_ + page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    constexpr int kAccess = PROT_READ | PROT_WRITE, kKind = MAP_PRIVATE | MAP_ANONYMOUS;
+    base_ = static_cast<char*>(mmap(nullptr, whole_ + page_, kAccess, kKind, -1, 0));
     if (base_ == MAP_FAILED || mprotect(base_ + whole_, page_, PROT_NONE)) std::abort();
     std::memset(base_, 0xff, whole_);
     // Starts on 16 bytes plus the offset, so that the end is at most 15 bytes short of the guard.
@@ -93,7 +94,7 @@ const Case kCases[] = {
     {"nothing kept", 80, bf, false, 1, 0, 24, 0, 0, 1},
     {"one value", 80, bf, false, 1, 1, 1},
     {"one value", 90, fp, false, 1, 1, 1},
-    // What is cut makes every sum of one sign too small by about the same factor; what is lost beyond that must be less.
+    // What is cut makes every sum of one sign too small by about the same factor; what else is lost must be less.
     {"many rows of one sign", 80, bf, false, 1, 12000, 8, 0, 0, 0, Scale::none, false, true, false, true},
 };
 
