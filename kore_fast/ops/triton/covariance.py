@@ -106,7 +106,7 @@ def candidates(how: Products, architecture: str, aligned: bool = True) -> tuple[
     if how.product == "float64":
         found = (Config(64, 16, 4, 3), Config(32, 16, 4, 3))
     elif how.product == "float32":
-        found = (Config(128, 16, 8, 3), Config(64, 8 if not aligned else 16, 4, 3), Config(32, 16, 4, 3))
+        found = (Config(128, 16, 8, 3), Config(64, 16, 4, 3), Config(32, 16, 4, 3))
     elif how.terms > 1:
         # One depth: the parts of a split are added in the order of the blocks of rows.
         found = (Config(128, 32, 8, 5), Config(64, 32, 4, 5), Config(32, 32, 4, 5))
@@ -117,7 +117,8 @@ def candidates(how: Products, architecture: str, aligned: bool = True) -> tuple[
         found = tuple(dict.fromkeys(Config(one.tile, one.depth, one.warps, 2) for one in found))
     if aligned:
         return found
-    return tuple(Config(one.tile, min(one.depth, 32), one.warps, one.stages) for one in found if one.tile <= 64)
+    largest = 32 if how.product == "float32" else 64
+    return tuple(Config(one.tile, min(one.depth, 32), one.warps, one.stages) for one in found if one.tile <= largest)
 
 
 def covariance_update_(

@@ -152,6 +152,13 @@ def test_weighted_rows_and_wide_types_compile(target: str) -> None:
     assert re.search(r"mma\.sync\S*f64|v_mfma_f64", double.assembly)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_that_are_not_aligned_compile(target: str, dtype: torch.dtype) -> None:
+    config = shipped(dtype, False, target, aligned=False)[0]
+    assert_fits(build_update(target, dtype, config, d=4095, x_inner=4095, x_outer=4095 * 8192, C_row=4095))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("C", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
