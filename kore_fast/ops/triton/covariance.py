@@ -117,7 +117,7 @@ def candidates(how: Products, architecture: str, aligned: bool = True) -> tuple[
         found = tuple(dict.fromkeys(Config(one.tile, one.depth, one.warps, 2) for one in found))
     if aligned:
         return found
-    largest = 32 if how.product == "float32" else 64
+    largest = 32 if how.product in ("float32", "float64") else 64
     return tuple(Config(one.tile, min(one.depth, 32), one.warps, one.stages) for one in found if one.tile <= largest)
 
 
