@@ -2,8 +2,8 @@
 
 Environment:
     KORE_FAST_NATIVE  0: install pure Python. 1: a missing compiler is an error. Default: build where it can be built.
-    KORE_FAST_CUDA    0: no CUDA library. 1: a missing nvcc is an error. Default: build it where nvcc is, but not for a CPU
-                      build of torch, which could not load it.
+    KORE_FAST_CUDA    0: no CUDA library. 1: a missing nvcc is an error. Default: build it where nvcc is, but not for a
+                      CPU build of torch, which could not load it.
     KORE_FAST_CUDA_ARCHITECTURES  as CMake's CUDA_ARCHITECTURES; default "80;90a-real".
     MAX_JOBS          compile jobs side by side; default: what cores and memory allow.
 

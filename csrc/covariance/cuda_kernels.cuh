@@ -119,8 +119,12 @@ KF_DEVICE void row_states(P& p, const Rows& a) {
     if (b == 0) wanted = false;
     wanted |= a.mask[row * a.mask_bytes + b] != 0;
   }
-  if (a.scale_kind != Scale::none) wanted &= weight_of(a, row) != 0.0;
   bool bad = false;
+  if (a.scale_kind != Scale::none) {
+    const double w = weight_of(a, row);
+    wanted &= w != 0.0;
+    bad = !(w > 0.0 && w < double(INFINITY));  // also not a number
+  }
   if (wanted) {
     const uint16_t* x = a.x + (row / a.rows) * a.x_group + (row % a.rows) * a.x_row;
     const int whole = a.aligned ? a.d / kChunk : 0;

@@ -208,7 +208,8 @@ bool run(const Case& c, Defect defect, bool of_lists) {
   const int scale_bytes = c.scale == Scale::none ? 0 : c.scale == Scale::fp64 ? 8 : c.scale == Scale::fp32 ? 4 : 2;
   std::vector<unsigned char> scale(total * scale_bytes);
   for (size_t r = 0; r < total && scale_bytes; ++r) {
-    const double w = uniform() < 0.1 ? 0.0 : uniform() * (uniform() < 0.1 ? 700.0 : 1.0);
+    double w = uniform() < 0.1 ? 0.0 : uniform() * (uniform() < 0.1 ? 700.0 : 1.0);
+    if (c.bad_rows && r % 17 == 3) w = r % 3 == 0 ? -w : r % 3 == 1 ? NAN : INFINITY;
     const float single = float(w);
     const uint16_t half = narrow_to(c.scale == Scale::fp16 ? fp : bf, single);
     std::memcpy(&scale[r * scale_bytes], scale_bytes == 8 ? (const void*)&w : scale_bytes == 4 ? (const void*)&single
@@ -298,7 +299,7 @@ bool run(const Case& c, Defect defect, bool of_lists) {
       if (c.narrow) w = float(w);
       wanted &= w != 0;
       if (!wanted) continue;
-      bool finite = true;
+      bool finite = w > 0 && w < double(INFINITY);
       for (size_t j = 0; j < d; ++j) finite &= std::isfinite(row[j] = widen(c.format, x[at * row_stride + j]));
       if (!finite) {
         ++nonfinite;
