@@ -46,8 +46,9 @@ def covariance_update_(
             ``"auto"``: the fastest that is there (see `kore_fast.ops.backends.choose`).
 
     Rows with a value or a weight that is not finite, or of negative weight, are dropped and counted. Nothing is copied
-    to the host. The fast backends sum products of up to 256 tokens in float32 and those sums in C's dtype (exactly in
-    float64 where x is float64), in an order that does not depend on the machine's threads.
+    to the host. The fast backends sum products of at most 256 tokens in float32 before they promote: natively those
+    sums are added in C's dtype (on a GPU first with compensation in float32), by Triton in float32 up to 8192 tokens.
+    Where x is float64, all sums are. The order of the sums does not depend on the machine's threads.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a C or count that overlaps itself; names them. C and
