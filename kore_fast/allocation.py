@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
 
     By default each large buffer is mapped anew and every page of it cleared at first touch. In return the process does
     not shrink between peaks, and where sizes change from step to step the heap grows holes: 12 GB after 120 steps of
-    full fine-tuning that need 5. `release_freed_memory` now and then gives the holes back.
+    full fine-tuning that need 5. `release_freed_memory` after a step gives the holes back.
     """
     if not sys.platform.startswith("linux"):
         return False

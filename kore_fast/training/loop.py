@@ -27,8 +27,6 @@ from kore_fast.modules.adapter import KorePeftModel, check_lora_a, refuse_weight
 from kore_fast.progress import Progress, silent
 
 LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-# Steps between which freed memory is kept for the next step.
-_RELEASE_EVERY = 8
 _CHECKPOINT_FILES = ("*model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
 
 
@@ -108,8 +106,8 @@ class _ShowSteps(TrainerCallback):
         self._at = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % _RELEASE_EVERY == 0:
-            release_freed_memory()
+        # Within a step freed memory is used again; kept from step to step, whose sizes differ, it grows holes.
+        release_freed_memory()
         while self._at < state.global_step:
             next(self._shown, None)
             self._at += 1
