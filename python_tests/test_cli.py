@@ -194,7 +194,7 @@ def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert f"kore-fast     {kore_fast.__version__}" in out
     assert torch.__version__.partition("+")[0] in out
-    assert "backends" in out
+    assert "covariance    reference on cpu: yes" in out
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
