@@ -12,7 +12,8 @@ STAMP := $(VENV)/.installed
 help:
 	@sed -n 's/^# //p' Makefile; echo; echo "targets: quickstart quickstart-short test test-all bench lint format install clean gpu-check"
 
-$(STAMP): pyproject.toml setup.py
+# What is compiled too: after a pull the kernels must not be those of before.
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==$(TORCH)

@@ -79,7 +79,7 @@ def _update(
     rows = x.shape[:-1]
     mask = None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).contiguous()
     scale = None if scale is None else scale.detach().to(torch.float64).contiguous()
-    run = choose("covariance", backend, x.device, _preferences(C, x)).covariance_update_
+    run = choose("covariance", backend, x.device, _preferences(x)).covariance_update_
     groups = C.shape[:-2]
     if len(groups) <= 1:
         run(C, count, x.detach(), mask, scale)
@@ -106,7 +106,7 @@ def _(
     _check(C, count, x, mask, scale)
 
 
-def _preferences(C: torch.Tensor, x: torch.Tensor) -> tuple[str, ...]:
+def _preferences(x: torch.Tensor) -> tuple[str, ...]:
     """Backends in the order in which they are tried, fastest first."""
     if x.device.type == "cpu":
         return ("native", "reference")

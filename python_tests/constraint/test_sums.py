@@ -140,7 +140,8 @@ def test_nothing_waits_for_an_accelerator(kind: str, monkeypatch: pytest.MonkeyP
         scale = torch.ones(2, rows, device=device) if "scale" in kind else None
         buffered.add("layer", x, Rows(mask, scale))
     buffered.flush()
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    # The control: asking such a tensor for a value does raise.
+    with pytest.raises(RuntimeError):
         bool(Rows(mask, torch.ones(3, device=device)).kept)
     # Of 10, 40, 20, 80 and 6 rows, those of 40 and 80 go straight; 10 and 20 wait together, 6 has no room with them.
     straight = ("mask" not in kind, "scale" not in kind)
