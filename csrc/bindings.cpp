@@ -9,6 +9,9 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(kore_fast, library) {
   library.def(
       "covariance_update_native_(Tensor(a!) C, Tensor(b!) count, Tensor x, Tensor? mask, Tensor? scale) -> ()");
+  // The same, but arguments that need checks or preparation in Python change nothing and give False.
+  library.def(
+      "covariance_update_if_ready_(Tensor(a!) C, Tensor(b!) count, Tensor x, Tensor? mask, Tensor? scale) -> bool");
 }
 
 PYBIND11_MODULE(_native, module) {

@@ -54,9 +54,9 @@ const CovarianceKernel& kernel_for(Type type, bool weighted) {
     case Type::kFloat: return set->of_float;
     case Type::kDouble: return set->of_double;
     case Type::kHalf: return set->of_half;
-    case Type::kBFloat16: return weighted ? set->of_bfloat16_weighted : set->of_bfloat16;
+    case Type::kBFloat16: break;
   }
-  STD_TORCH_CHECK(false, "covariance_update_: unknown type");
+  return weighted ? set->of_bfloat16_weighted : set->of_bfloat16;
 }
 
 // Offsets, in elements, of all rows of x below its dimension `from`, the last dimension left out.
@@ -158,12 +158,14 @@ void accumulate(const CovarianceKernel& kernel, T* C, int64_t ld, const void* x,
         const int64_t i0 = row * side, i1 = std::min(i0 + side, panels);
         const int64_t j0 = (id - row * (row + 1) / 2) * side, j1 = std::min(j0 + side, panels);
         const auto at = [&](int64_t i, int64_t j) { return sums + ((i - i0) * side + (j - j0)) * panel * panel; };
-        std::fill(sums, sums + side * side * panel * panel, 0.0);
+        const auto rows_of = [&](int64_t i) { return std::min(panel, d - i * panel); };
+        for (int64_t j = j0; j < j1; ++j)
+          for (int64_t i = std::max(i0, j); i < i1; ++i) std::fill_n(at(i, j), rows_of(i) * panel, 0.0);
         for (int64_t k = 0; k < padded; k += kernel.depth)
           for (int64_t j = j0; j < j1; ++j)
             for (int64_t i = std::max(i0, j); i < i1; ++i)
               kernel.panels(base + (i * chunk + k) * token_bytes, base + (j * chunk + k) * token_bytes,
-                            std::min(kernel.depth, padded - k), at(i, j));
+                            std::min(kernel.depth, padded - k), rows_of(i), i == j, at(i, j));
         for (int64_t i = i0; i < i1; ++i)
           for (int64_t j = j0; j < std::min(j1, i + 1); ++j) add_panel(C, ld, d, panel, i, j, at(i, j));
       }
@@ -171,41 +173,50 @@ void accumulate(const CovarianceKernel& kernel, T* C, int64_t ld, const void* x,
   }
 }
 
-Type type_of(ScalarType type) {
+std::optional<Type> type_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return Type::kFloat;
     case ScalarType::Double: return Type::kDouble;
     case ScalarType::BFloat16: return Type::kBFloat16;
     case ScalarType::Half: return Type::kHalf;
-    default: STD_TORCH_CHECK(false, "covariance_update_: x must be float64, float32, bfloat16 or float16");
+    default: return std::nullopt;
   }
 }
 
-// C (d, d) or (group, d, d), float32 or float64; count (…, 3) float64; x (…, rows…, d); mask bool and scale float64 like
-// x without its last dimension, contiguous.
-void covariance_update_native_cpu_(Tensor C, Tensor count, Tensor x, std::optional<Tensor> mask,
-                                   std::optional<Tensor> scale) {
-  const int64_t group_dims = C.dim() - 2, d = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(group_dims == 0 || group_dims == 1, "covariance_update_: C must be (d, d) or (group, d, d)");
-  STD_TORCH_CHECK(x.dim() >= C.dim() && C.size(C.dim() - 1) == d && C.size(C.dim() - 2) == d,
-                  "covariance_update_: x and C do not fit");
-  STD_TORCH_CHECK(d == 0 || C.stride(C.dim() - 1) == 1, "covariance_update_: C must be row-major");
-  const int64_t groups = group_dims == 0 ? 1 : C.size(0);
-  STD_TORCH_CHECK(group_dims == 0 || x.size(0) == groups, "covariance_update_: x and C differ in groups");
-  STD_TORCH_CHECK(count.scalar_type() == ScalarType::Double && count.is_contiguous() && count.numel() == 3 * groups,
-                  "covariance_update_: count must be float64 (group, 3), contiguous");
-  const int64_t leading = d == 0 ? 0 : x.numel() / d;
-  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
-                            mask->numel() == leading),
-                  "covariance_update_: mask must be bool, contiguous, one value a row");
-  STD_TORCH_CHECK(!scale || (scale->scalar_type() == ScalarType::Double && scale->is_contiguous() &&
-                             scale->numel() == leading),
-                  "covariance_update_: scale must be float64, contiguous, one value a row");
-  const bool wide = C.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(wide || C.scalar_type() == ScalarType::Float, "covariance_update_: C must be float64 or float32");
-  if (leading == 0) return;
+// Whether `rows` has one value of `type` for each row of x, one after the other.
+bool one_a_row(const Tensor& rows, ScalarType type, const Tensor& x) {
+  if (!rows.is_cpu() || rows.scalar_type() != type || rows.dim() != x.dim() - 1 || !rows.is_contiguous()) return false;
+  for (int64_t dim = 0; dim < rows.dim(); ++dim)
+    if (rows.size(dim) != x.size(dim)) return false;
+  return true;
+}
 
-  const CovarianceKernel& kernel = kernel_for(type_of(x.scalar_type()), scale.has_value());
+// Whether the arguments are right as they are: C (d, d) or (group, d, d), float32 or float64, row-major; count (…, 3)
+// float64; x (…, rows…, d); mask bool and scale float64 like x without its last dimension; all but x and C contiguous.
+bool ready(const Tensor& C, const Tensor& count, const Tensor& x, const std::optional<Tensor>& mask,
+           const std::optional<Tensor>& scale) {
+  const int64_t dims = C.dim(), group_dims = dims - 2;
+  if ((group_dims != 0 && group_dims != 1) || x.dim() < dims || count.dim() != dims - 1) return false;
+  if (!C.is_cpu() || !count.is_cpu() || !x.is_cpu() || !type_of(x.scalar_type())) return false;
+  if (C.scalar_type() != ScalarType::Double && C.scalar_type() != ScalarType::Float) return false;
+  if (count.scalar_type() != ScalarType::Double || count.size(dims - 2) != 3 || !count.is_contiguous()) return false;
+  const int64_t d = C.size(dims - 1), ld = C.stride(dims - 2);
+  if (x.numel() == 0 || C.size(dims - 2) != d || x.size(x.dim() - 1) != d) return false;
+  if (d > 1 && (C.stride(dims - 1) != 1 || ld < d)) return false;
+  if (group_dims == 1) {
+    const int64_t groups = C.size(0), step = C.stride(0);
+    if (x.size(0) != groups || count.size(0) != groups) return false;
+    const bool apart = step >= (d - 1) * ld + d, interleaved = step >= d && ld >= (groups - 1) * step + d;
+    if (groups > 1 && !apart && !interleaved) return false;
+  }
+  return (!mask || one_a_row(*mask, ScalarType::Bool, x)) && (!scale || one_a_row(*scale, ScalarType::Double, x));
+}
+
+// What is ready().
+void update(const Tensor& C, const Tensor& count, const Tensor& x, const std::optional<Tensor>& mask,
+            const std::optional<Tensor>& scale) {
+  const int64_t group_dims = C.dim() - 2, d = x.size(x.dim() - 1), groups = group_dims == 0 ? 1 : C.size(0);
+  const CovarianceKernel& kernel = kernel_for(*type_of(x.scalar_type()), scale.has_value());
   const std::vector<int64_t> offsets = row_offsets(x, group_dims);
   const int64_t rows = static_cast<int64_t>(offsets.size()), stride = x.stride(x.dim() - 1), ld = C.stride(C.dim() - 2);
   const size_t element = x.element_size();
@@ -218,11 +229,31 @@ void covariance_update_native_cpu_(Tensor C, Tensor count, Tensor x, std::option
     const Kept kept = keep_rows(kernel, from, element, stride, d, offsets, masks ? masks + g * rows : nullptr,
                                 scales ? scales + g * rows : nullptr, counts + 3 * g);
     const int64_t to = group_dims ? g * C.stride(0) : 0;
-    if (wide)
+    if (C.scalar_type() == ScalarType::Double)
       accumulate(kernel, static_cast<double*>(C.mutable_data_ptr()) + to, ld, from, stride, d, kept);
     else
       accumulate(kernel, static_cast<float*>(C.mutable_data_ptr()) + to, ld, from, stride, d, kept);
   }
+}
+
+void covariance_update_native_cpu_(Tensor C, Tensor count, Tensor x, std::optional<Tensor> mask,
+                                   std::optional<Tensor> scale) {
+  STD_TORCH_CHECK(ready(C, count, x, mask, scale),
+                  "covariance_update_native_: arguments that kore_fast.ops.covariance_update_ would refuse or prepare; "
+                  "call that one");
+  update(C, count, x, mask, scale);
+}
+
+bool covariance_update_if_ready_cpu_(Tensor C, Tensor count, Tensor x, std::optional<Tensor> mask,
+                                     std::optional<Tensor> scale) {
+  const bool taken = ready(C, count, x, mask, scale);
+  if (taken) update(C, count, x, mask, scale);
+  return taken;
+}
+
+// Tensors without values, of a graph that is traced: the general operation is what belongs there.
+bool covariance_update_if_ready_meta_(Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>) {
+  return false;
 }
 
 }  // namespace
@@ -230,4 +261,9 @@ void covariance_update_native_cpu_(Tensor C, Tensor count, Tensor x, std::option
 
 STABLE_TORCH_LIBRARY_IMPL(kore_fast, CPU, library) {
   library.impl("covariance_update_native_", TORCH_BOX(&kore_fast::covariance_update_native_cpu_));
+  library.impl("covariance_update_if_ready_", TORCH_BOX(&kore_fast::covariance_update_if_ready_cpu_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kore_fast, Meta, library) {
+  library.impl("covariance_update_if_ready_", TORCH_BOX(&kore_fast::covariance_update_if_ready_meta_));
 }

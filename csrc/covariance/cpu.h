@@ -33,8 +33,9 @@ struct CovarianceKernel {
   bool (*all_finite)(const void* row, int64_t stride, int64_t d);
   // out: (tokens, panel) packed values of columns [first, first + panel)
   void (*pack)(const Rows& rows, int64_t first, void* out);
-  // sums: (panel, panel) float64, row-major, += aᵀ b over `tokens` packed tokens
-  void (*panels)(const void* a, const void* b, int64_t tokens, double* sums);
+  // sums: (panel, panel) float64, row-major, += aᵀ b over `tokens` packed tokens, in the first `rows` rows and, where
+  // `diagonal`, up to the diagonal; what lies beyond is undefined
+  void (*panels)(const void* a, const void* b, int64_t tokens, int64_t rows, bool diagonal, double* sums);
 };
 
 // Kernels of an instruction set for x of a type, with or without row factors.

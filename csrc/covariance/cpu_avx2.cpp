@@ -3,8 +3,8 @@
 
 namespace kore_fast {
 extern const CovarianceKernels covariance_avx2 = {
-    kernel<float, float, 32, 4, 3, 128>(),    kernel<double, double, 32, 4, 3, 128>(),
-    kernel<BFloat16, float, 32, 4, 3, 128>(), kernel<BFloat16, float, 32, 4, 3, 128>(),
-    kernel<Half, float, 32, 4, 3, 128>(),
+    kernel<float, float, 32, 4>(),    kernel<double, double, 32, 4>(),
+    kernel<BFloat16, float, 32, 4>(), kernel<BFloat16, float, 32, 4>(),
+    kernel<Half, float, 32, 4>(),
 };
 }  // namespace kore_fast

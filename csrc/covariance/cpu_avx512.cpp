@@ -3,8 +3,8 @@
 
 namespace kore_fast {
 extern const CovarianceKernels covariance_avx512 = {
-    kernel<float, float, 64, 8, 3, 128>(),    kernel<double, double, 64, 8, 3, 128>(),
-    kernel<BFloat16, float, 64, 8, 3, 128>(), kernel<BFloat16, float, 64, 8, 3, 128>(),
-    kernel<Half, float, 64, 8, 3, 128>(),
+    kernel<float, float, 64, 8>(),    kernel<double, double, 64, 8>(),
+    kernel<BFloat16, float, 64, 8>(), kernel<BFloat16, float, 64, 8>(),
+    kernel<Half, float, 64, 8>(),
 };
 }  // namespace kore_fast

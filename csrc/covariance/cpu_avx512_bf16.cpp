@@ -6,7 +6,7 @@
 namespace kore_fast {
 namespace {
 
-constexpr int kWidth = 16, kVectors = 3, kPanel = kWidth * kVectors, kRows = 8;
+constexpr int kWidth = 16, kPanel = 3 * kWidth, kRows = 8;
 
 // As pack(), but pairs of tokens lie side by side: (tokens / 2, P, 2). A last odd token is paired with zeros.
 void pack_pairs(const Rows& rows, int64_t first, void* out) {
@@ -28,46 +28,52 @@ void pack_pairs(const Rows& rows, int64_t first, void* out) {
   }
 }
 
-void panels_pairs(const void* a_, const void* b_, int64_t tokens, double* sums) {
-  for (int m = 0; m < kPanel; m += kRows, sums += kRows * kPanel) {
-    const uint32_t* a = static_cast<const uint32_t*>(a_) + m;
-    const uint32_t* b = static_cast<const uint32_t*>(b_);
-    __m512 acc[kRows][kVectors];
+template <int NV>
+void micro_pairs(const uint32_t* a, const uint32_t* b, int64_t tokens, double* sums) {
+  __m512 acc[kRows][NV];
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < tokens; k += 2, a += kPanel, b += kPanel) {
-      __m512bh right[kVectors];
+    for (int v = 0; v < NV; ++v) acc[r][v] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < tokens; k += 2, a += kPanel, b += kPanel) {
+    __m512bh right[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) right[v] = (__m512bh)_mm512_loadu_si512(b + v * kWidth);
+    for (int v = 0; v < NV; ++v) right[v] = (__m512bh)_mm512_loadu_si512(b + v * kWidth);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r]));
+    for (int r = 0; r < kRows; ++r) {
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r]));
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], left, right[v]);
-      }
+      for (int v = 0; v < NV; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], left, right[v]);
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        for (int half = 0; half < 2; ++half) {
-          double* at = sums + r * kPanel + v * kWidth + half * 8;
-          const __m256 part = half ? _mm512_extractf32x8_ps(acc[r][v], 1) : _mm512_castps512_ps256(acc[r][v]);
-          _mm512_storeu_pd(at, _mm512_add_pd(_mm512_loadu_pd(at), _mm512_cvtps_pd(part)));
-        }
   }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      for (int half = 0; half < 2; ++half) {
+        double* at = sums + r * kPanel + v * kWidth + half * 8;
+        const __m256 part = half ? _mm512_extractf32x8_ps(acc[r][v], 1) : _mm512_castps512_ps256(acc[r][v]);
+        _mm512_storeu_pd(at, _mm512_add_pd(_mm512_loadu_pd(at), _mm512_cvtps_pd(part)));
+      }
+}
+
+void panels_pairs(const void* a_, const void* b_, int64_t tokens, int64_t rows, bool diagonal, double* sums) {
+  const uint32_t* a = static_cast<const uint32_t*>(a_);
+  const uint32_t* b = static_cast<const uint32_t*>(b_);
+  for_micro_tiles<kRows, kWidth>(
+      rows, diagonal, [&](int64_t m) { micro_pairs<1>(a + m, b, tokens, sums + m * kPanel); },
+      [&](int64_t m) { micro_pairs<2>(a + m, b, tokens, sums + m * kPanel); },
+      [&](int64_t m) { micro_pairs<3>(a + m, b, tokens, sums + m * kPanel); });
 }
 
 }  // namespace
 
 extern const CovarianceKernels covariance_avx512_bf16 = {
-    kernel<float, float, 64, 8, 3, 128>(),
-    kernel<double, double, 64, 8, 3, 128>(),
-    {kPanel, 128, 2, sizeof(uint16_t), all_finite<BFloat16>, pack_pairs, panels_pairs},
-    kernel<BFloat16, float, 64, 8, 3, 128>(),
-    kernel<Half, float, 64, 8, 3, 128>(),
+    kernel<float, float, 64, 8>(),
+    kernel<double, double, 64, 8>(),
+    {kPanel, kDepth, 2, sizeof(uint16_t), all_finite<BFloat16>, pack_pairs, panels_pairs},
+    kernel<BFloat16, float, 64, 8>(),
+    kernel<Half, float, 64, 8>(),
 };
 
 }  // namespace kore_fast

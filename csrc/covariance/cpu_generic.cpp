@@ -3,8 +3,8 @@
 
 namespace kore_fast {
 extern const CovarianceKernels covariance_generic = {
-    kernel<float, float, 16, 4, 3, 128>(),    kernel<double, double, 16, 2, 3, 128>(),
-    kernel<BFloat16, float, 16, 4, 3, 128>(), kernel<BFloat16, float, 16, 4, 3, 128>(),
-    kernel<Half, float, 16, 4, 3, 128>(),
+    kernel<float, float, 16, 4>(),    kernel<double, double, 16, 2>(),
+    kernel<BFloat16, float, 16, 4>(), kernel<BFloat16, float, 16, 4>(),
+    kernel<Half, float, 16, 4>(),
 };
 }  // namespace kore_fast

@@ -1,8 +1,8 @@
 // The arithmetic of C += XᵀX on a CPU, written once with vector types and compiled once per instruction set.
 //
-// Columns are packed into panels of P = NV vectors, rows (tokens) one after the other. A micro-tile takes MR columns of
-// one panel against all P of another and keeps MR · NV accumulators in registers over DEPTH tokens; then they are
-// promoted to float64. Rounding of the narrow type therefore acts on sums of DEPTH products only.
+// Columns are packed into panels of P = 3 vectors, rows (tokens) one after the other. A micro-tile takes MR columns of
+// one panel against all P of another (fewer on the diagonal) and keeps 3·MR accumulators in registers over kDepth
+// tokens; then they are promoted to float64. Rounding of the narrow type acts on sums of kDepth products only.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,8 @@
 
 namespace kore_fast {
 namespace {  // each instruction set gets its own copy: the linker must not merge them
+
+constexpr int kDepth = 128;
 
 template <typename T, int BYTES>
 struct VectorOf {
@@ -105,11 +107,12 @@ void pack(const Rows& rows, int64_t first, void* out) {
   }
 }
 
-// sums[r][c] (P × P, float64) += Σ_k a[k][r] · b[k][c] for MR of the rows r, over at most DEPTH tokens.
-template <typename T, int BYTES, int MR, int NV>
+// sums[r][c] (MR rows, P apart, of float64) += Σ_k a[k][r] · b[k][c] for the first NV vectors of c, over at most kDepth
+// tokens.
+template <typename T, int BYTES, int P, int MR, int NV>
 inline void micro(const T* a, const T* b, int64_t tokens, double* sums) {
   using V = typename VectorOf<T, BYTES>::type;
-  constexpr int W = BYTES / sizeof(T), P = W * NV;
+  constexpr int W = BYTES / sizeof(T);
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
@@ -131,18 +134,36 @@ inline void micro(const T* a, const T* b, int64_t tokens, double* sums) {
       for (int c = 0; c < W; ++c) sums[r * P + v * W + c] += static_cast<double>(acc[r][v][c]);
 }
 
-template <typename T, int BYTES, int MR, int NV>
-void panels(const void* a, const void* b, int64_t tokens, double* sums) {
-  constexpr int P = BYTES / sizeof(T) * NV;
-  static_assert(P % MR == 0);
-  for (int m = 0; m < P; m += MR)
-    micro<T, BYTES, MR, NV>(static_cast<const T*>(a) + m, static_cast<const T*>(b), tokens, sums + m * P);
+// The micro-tiles of a panel: MR rows at a time, and of three vectors those that lie below the diagonal somewhere.
+template <int MR, int W, typename One, typename Two, typename Three>
+inline void for_micro_tiles(int64_t rows, bool diagonal, One one, Two two, Three three) {
+  for (int64_t m = 0; m < rows; m += MR) {
+    const int64_t vectors = diagonal ? (m + MR - 1) / W + 1 : 3;
+    if (vectors == 1)
+      one(m);
+    else if (vectors == 2)
+      two(m);
+    else
+      three(m);
+  }
 }
 
-template <typename X, typename T, int BYTES, int MR, int NV, int DEPTH>
+template <typename T, int BYTES, int MR>
+void panels(const void* a_, const void* b_, int64_t tokens, int64_t rows, bool diagonal, double* sums) {
+  constexpr int W = BYTES / sizeof(T), P = 3 * W;
+  static_assert(P % MR == 0);
+  const T* a = static_cast<const T*>(a_);
+  const T* b = static_cast<const T*>(b_);
+  for_micro_tiles<MR, W>(
+      rows, diagonal, [&](int64_t m) { micro<T, BYTES, P, MR, 1>(a + m, b, tokens, sums + m * P); },
+      [&](int64_t m) { micro<T, BYTES, P, MR, 2>(a + m, b, tokens, sums + m * P); },
+      [&](int64_t m) { micro<T, BYTES, P, MR, 3>(a + m, b, tokens, sums + m * P); });
+}
+
+template <typename X, typename T, int BYTES, int MR>
 constexpr CovarianceKernel kernel() {
-  constexpr int P = BYTES / sizeof(T) * NV;
-  return {P, DEPTH, 1, sizeof(T), all_finite<X>, pack<X, T, P>, panels<T, BYTES, MR, NV>};
+  constexpr int P = 3 * (BYTES / sizeof(T));
+  return {P, kDepth, 1, sizeof(T), all_finite<X>, pack<X, T, P>, panels<T, BYTES, MR>};
 }
 
 }  // namespace

@@ -10,6 +10,8 @@ from kore_fast.errors import ConstraintError
 
 # A kernel call reads and writes the whole sum: with so many rows in a call that costs little beside the product.
 TOKENS = 4096
+# Fewer cost more by the call than by the product, however narrow the input.
+LEAST_TOKENS = 512
 # Where every call also moves the sum to another memory, more rows a call are worth their room.
 SPILLED_TOKENS = 16384
 
@@ -32,8 +34,8 @@ def sum_bytes(width: Width) -> int:
 
 
 def buffer_tokens(width: Width) -> int:
-    """Rows of a buffer that takes at most a quarter of what its sum takes."""
-    return min(TOKENS, 2 * width.d // width.itemsize)
+    """Rows of a buffer that takes at most a quarter of what its sum takes, or is small."""
+    return min(TOKENS, max(LEAST_TOKENS, 2 * width.d // width.itemsize))
 
 
 def plan_passes(widths: Mapping[str, Width], max_memory: int) -> list[Pass]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 
 from kore_fast.ops.backends import Backend, choose
@@ -9,6 +12,8 @@ from kore_fast.ops.backends import Backend, choose
 # What the three entries of a count mean.
 TOKENS, WEIGHT, NONFINITE = 0, 1, 2
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Backends in the order in which they are tried.
+_CPU = ("native", "reference")
 
 _library = torch.library.Library("kore_fast", "FRAGMENT")
 _library.define(
@@ -39,7 +44,7 @@ def covariance_update_(
         C: (*group, d, d), float64 or float32, row-major; above the diagonal it is undefined until `finalize`.
         count: (*group, 3) float64: tokens added, their summed weight, rows dropped for a NaN or an infinity.
         x: (*group, …, d) in float64, float32, bfloat16 or float16 and any stride; every dimension between group and d
-            counts as tokens. No rows add nothing.
+            counts as tokens.
         mask: (*group, …) bool or integer, zero where a row is padding and is left out.
         scale: (*group, …) weight w ≥ 0 of each row: the row adds w·x xᵀ. A weight of zero leaves the row out.
         backend: ``"reference"`` (plain PyTorch, all sums in C's dtype), ``"native"`` (compiled), ``"triton"``, or
@@ -51,11 +56,26 @@ def covariance_update_(
     Where x is float64, all sums are. The order of the sums does not depend on the machine's threads.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a C or count that overlaps itself; names them. C and
+        ValueError: shapes, dtypes or devices that do not fit, no rows, a C that overlaps itself; names them. C and
             count are then as they were.
         BackendError: a backend that can't run here; says what to install.
     """
+    if (
+        backend == "auto"
+        and not torch.compiler.is_compiling()
+        and x.is_cpu
+        and not x.requires_grad
+        and _update_if_ready()(C, count, x, mask, scale)
+    ):
+        return
     torch.ops.kore_fast.covariance_update_(C, count, x, mask, scale, backend=backend)
+
+
+@cache
+def _update_if_ready() -> Callable[..., bool]:
+    """The CPU's shortest way; one that takes nothing where "auto" would not choose the native backend there."""
+    chosen = choose("covariance", "auto", torch.device("cpu"), _CPU)
+    return getattr(chosen, "update_if_ready", lambda: lambda *_: False)()
 
 
 def finalize(C: torch.Tensor) -> torch.Tensor:
@@ -75,7 +95,7 @@ def _update(
 ) -> None:
     _check(C, count, x, mask, scale)
     if x.numel() == 0:
-        return
+        raise ValueError(f"covariance_update_: x {tuple(x.shape)} has no rows to add")
     rows = x.shape[:-1]
     mask = None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).contiguous()
     scale = None if scale is None else scale.detach().to(torch.float64).contiguous()
@@ -109,7 +129,7 @@ def _(
 def _preferences(x: torch.Tensor) -> tuple[str, ...]:
     """Backends in the order in which they are tried, fastest first."""
     if x.device.type == "cpu":
-        return ("native", "reference")
+        return _CPU
     if x.dtype in (torch.bfloat16, torch.float16):
         return ("native", "triton", "reference")
     # Float64 products on a GPU's tensor cores are as fast as float32 ones off them, and exact.
@@ -138,6 +158,8 @@ def _check(
         raise ValueError(f"covariance_update_: C is {C.dtype}; sums need float64 (or float32)")
     if count.dtype != torch.float64:
         raise ValueError(f"covariance_update_: count is {count.dtype}, want float64")
+    if not count.is_contiguous():
+        raise ValueError(f"covariance_update_: count has strides {count.stride()}, want contiguous")
     if x.dtype not in _FLOATS:
         raise ValueError(f"covariance_update_: x is {x.dtype}; want float64, float32, bfloat16 or float16")
     if mask is not None and mask.dtype.is_floating_point:
@@ -146,9 +168,8 @@ def _check(
         raise ValueError(f"covariance_update_: C is on {C.device}, count on {count.device}, x on {x.device}")
     if d > 1 and C.stride(-1) != 1:
         raise ValueError(f"covariance_update_: C has strides {C.stride()}, want row-major (the last one 1)")
-    for name, written in (("C", C), ("count", count)):
-        if _overlaps(written):
-            raise ValueError(f"covariance_update_: {name} has strides {written.stride()}: its elements overlap")
+    if _overlaps(C):
+        raise ValueError(f"covariance_update_: C has strides {C.stride()}: its elements overlap")
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:

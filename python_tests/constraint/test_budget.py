@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kore_fast.constraint.budget import Pass, buffer_tokens, plan_passes, plan_spill, sum_bytes
+from kore_fast.constraint.budget import LEAST_TOKENS, Pass, buffer_tokens, plan_passes, plan_spill, sum_bytes
 from kore_fast.constraint.inputs import Width
 from kore_fast.errors import ConstraintError
 
@@ -50,8 +50,10 @@ def test_a_whole_fit_takes_one_pass_however_short_its_buffers() -> None:
 
 
 @pytest.mark.parametrize("width", [Width(8, 4), Width(576, 4), Width(1536, 2), Width(4096, 2), Width(18944, 4)])
-def test_a_buffer_takes_a_quarter_of_its_sum_at_most(width: Width) -> None:
-    assert 0 < buffer_tokens(width) * width.d * width.itemsize <= sum_bytes(width) / 4
+def test_a_buffer_takes_a_quarter_of_its_sum_at_most_or_is_small(width: Width) -> None:
+    tokens = buffer_tokens(width)
+    assert tokens >= LEAST_TOKENS
+    assert tokens == LEAST_TOKENS or tokens * width.d * width.itemsize <= sum_bytes(width) / 4
 
 
 @pytest.mark.parametrize("plan", [plan_passes, plan_spill])

@@ -166,7 +166,7 @@ def test_layers_called_by_keyword_are_seen() -> None:
     assert collect_covariance(ByKeyword(), [{"x": torch.randn(7, 3)}], target_modules=["one"]).tokens("one") == 7
 
 
-def test_max_memory_gives_the_same_bits(tiny_model: nn.Module, encoded: list[Any]) -> None:
+def test_max_memory_gives_the_same_sums(tiny_model: nn.Module, encoded: list[Any]) -> None:
     made = batches(encoded, 2)
     whole = collect_covariance(tiny_model, made)
     passes: list[int] = []
@@ -177,10 +177,7 @@ def test_max_memory_gives_the_same_bits(tiny_model: nn.Module, encoded: list[Any
 
     limited = collect_covariance(tiny_model, again, max_memory=8 * 64 * 64)
     assert len(passes) > 2
-    assert limited.groups == whole.groups
-    for group in whole.groups:
-        assert torch.equal(whole.covariance(group), limited.covariance(group))
-        assert torch.equal(whole.count(group), limited.count(group))
+    assert_same(whole, limited, 1e-6)  # shorter buffers: other sums of float32 before promotion
 
 
 def test_every_pass_tells_inputs_apart_alike() -> None:
@@ -189,7 +186,7 @@ def test_every_pass_tells_inputs_apart_alike() -> None:
     made = [{"x": torch.randn(9, 6)}, {"x": torch.randn(4, 6)}]
     whole = collect_covariance(model, made, target_modules=all_linears(model))
     limited = collect_covariance(model, made, target_modules=all_linears(model), max_memory=2 * 8 * 36)
-    assert_same(whole, limited, 0.0)
+    assert_same(whole, limited, 1e-6)
 
 
 def test_an_iterator_serves_one_pass_only(tiny_model: nn.Module, encoded: list[Any]) -> None:

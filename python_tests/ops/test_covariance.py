@@ -13,6 +13,7 @@ import torch
 from kore_fast.errors import BackendError
 from kore_fast.ops import covariance_update_, finalize, new_count
 from kore_fast.ops.covariance import NONFINITE, TOKENS, WEIGHT
+from kore_fast.ops.native.covariance import update_if_ready
 from kore_fast.ops.native.library import unavailable
 from kore_fast.ops.reference import covariance as reference
 
@@ -262,10 +263,7 @@ def test_finalize_mirrors_whatever_stood_above_the_diagonal() -> None:
     assert torch.equal(torch.tril(C), lower)
 
 
-def test_no_rows_change_nothing(backend: str) -> None:
-    C, count = update(torch.randn(0, 3), backend=backend)
-    assert not C.any()
-    assert not count.any()
+def test_rows_that_do_not_count_change_nothing(backend: str) -> None:
     C, count = update(torch.randn(4, 3), mask=torch.zeros(4, dtype=torch.bool), backend=backend)
     assert not C.any()
     assert int(count[NONFINITE]) == 0
@@ -283,7 +281,9 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         (zeros(2, 4, 4), zeros(2, 3), zeros(3, 6, 4), {}, "x (3, 6, 4)"),
         (zeros(4, 4), zeros(3), zeros(4), {}, "x (4,)"),
         (zeros(3, 3), zeros(3), zeros(6, 4), {}, "C (3, 3)"),
+        (zeros(4, 4), zeros(3), zeros(2, 0, 4), {}, "no rows"),
         (zeros(4, 4), zeros(2), zeros(6, 4), {}, "count has shape (2,)"),
+        (zeros(4, 4), zeros(6)[::2], zeros(6, 4), {}, "count has strides"),
         (zeros(2, 4, 4), zeros(3), zeros(2, 6, 4), {}, "count has shape (3,)"),
         (zeros(4, 4), zeros(3), zeros(2, 6, 4), {"mask": torch.ones(12, dtype=torch.bool)}, "mask has shape (12,)"),
         (zeros(4, 4), zeros(3), zeros(6, 4), {"scale": torch.ones(6, 4)}, "scale has shape (6, 4)"),
@@ -329,8 +329,60 @@ def test_the_native_operation() -> None:
     for mask, scale in ((None, None), (torch.rand(9) > 0.5, torch.rand(9, dtype=torch.float64))):
         arguments = (zeros(5, 5), zeros(3), torch.randn(9, 5), mask, scale)
         torch.library.opcheck(torch.ops.kore_fast.covariance_update_native_.default, arguments)
-    with pytest.raises(RuntimeError, match="mask must be bool"):
+    with pytest.raises(RuntimeError, match="call that one"):
         torch.ops.kore_fast.covariance_update_native_(zeros(5, 5), zeros(3), torch.randn(9, 5), torch.ones(9), None)
+
+
+@needs_native
+def test_the_short_way_takes_what_needs_no_preparation_and_nothing_else() -> None:
+    take = update_if_ready()
+    x, mask, scale = torch.randn(2, 9, 5), torch.rand(2, 9) > 0.5, torch.rand(2, 9, dtype=torch.float64)
+    fits = (zeros(5, 5), zeros(3), x, mask, scale)
+    assert take(*fits)
+    for place, given in [
+        (0, zeros(2, 2, 5, 5)),
+        (0, zeros(5, 5, dtype=torch.bfloat16)),
+        (0, zeros(5, 5).T),
+        (0, zeros(5, 8).T[:5]),
+        (0, zeros(1, 5).expand(5, 5)),
+        (0, zeros(6, 6)),
+        (1, zeros(2)),
+        (1, zeros(6)[::2]),
+        (1, zeros(3, dtype=torch.float32)),
+        (2, x[..., :4]),
+        (2, x.int()),
+        (2, x[:, :0]),
+        (3, mask.int()),
+        (3, mask[:, :8]),
+        (3, mask.T.contiguous().T),
+        (4, scale.float()),
+        (4, scale[0]),
+    ]:
+        arguments = [*fits[:place], given, *fits[place + 1 :]]
+        before = arguments[0].clone(), arguments[1].clone()
+        assert not take(*arguments), (place, given.shape, given.stride())
+        assert torch.equal(arguments[0], before[0])
+        assert torch.equal(arguments[1], before[1])
+
+
+@needs_native
+def test_groups_whose_rows_interleave(backend: str) -> None:
+    x = torch.randn(2, 9, 5, dtype=torch.float64)
+    C, count = zeros(5, 2, 5).transpose(0, 1), zeros(2, 3)
+    if backend == "native":
+        assert update_if_ready()(C, count, x, None, None)
+        assert not update_if_ready()(zeros(9, 5).as_strided((2, 5, 5), (5, 5, 1)), count, x, None, None)
+    C.zero_()
+    covariance_update_(C, count, x, backend=backend)  # type: ignore[arg-type]
+    for group in range(2):
+        assert torch.allclose(C[group].tril(), oracle(x[group]).tril())
+
+
+def test_fake_tensors() -> None:
+    with torch._subclasses.FakeTensorMode():
+        covariance_update_(zeros(4, 4), zeros(3), torch.randn(7, 4))
+        with pytest.raises(ValueError, match="count has shape"):
+            covariance_update_(zeros(4, 4), zeros(2), torch.randn(7, 4))
 
 
 def test_inside_a_compiled_graph() -> None:
