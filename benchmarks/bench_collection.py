@@ -64,6 +64,6 @@ def bench_collection(benchmark: BenchmarkFixture, compare: Any) -> None:
         "float32 hooks": lambda: float32_hooks(model, batches),
     }
     case = {"tokens": BATCHES * ROWS * TOKENS, "dtype": "float32", "model": "tiny_vlm"}
-    rows = compare(calls, case, ours="ours", rounds=3)
+    rows = compare(calls, case, ours="ours", rounds=5)
     benchmark.extra_info["times the forward pass"] = 1 / rows["forward alone"]["ratio"]
     benchmark.pedantic(calls["forward alone"], rounds=1)

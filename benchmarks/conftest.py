@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import re
 import subprocess
 import time
@@ -121,7 +122,8 @@ def compare(record: Callable[[Row], None]) -> Compare:
         rounds: int = 7,
         extra: Mapping[str, Row] | None = None,
     ) -> dict[str, Row]:
-        """Each round calls every variant once, so that a slow moment of the machine strikes all.
+        """Each round calls every variant once, so that a slow moment of the machine strikes all; in another order each
+        time, so that none always finds the caches as the same neighbour left them.
 
         Args:
             variants: name → the call. Each is warmed up first.
@@ -138,12 +140,13 @@ def compare(record: Callable[[Row], None]) -> Compare:
         samples: dict[str, list[float]] = {name: [] for name in variants}
         for call in variants.values():
             call()
+        order = random.Random(0)
         for _ in range(rounds):
-            for name, call in variants.items():
+            for name in order.sample(list(variants), len(variants)):
                 if flush is not None:
                     flush.zero_()  # so that the second-level cache serves nobody's repeat
                 start = mark()
-                call()
+                variants[name]()
                 samples[name].append(seconds(start, mark()))
         median = {name: float(np.median(taken)) for name, taken in samples.items()}
         rows = {}
