@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from kore_fast.ops.native.library import describe
+
 Row = dict[str, Any]
 Compare = Callable[..., dict[str, Row]]
 
@@ -34,6 +36,7 @@ def where() -> Row:
         except PackageNotFoundError:
             row[package] = None
     row["python"] = platform.python_version()
+    row["native"] = describe()
     if torch.cuda.is_available():
         row["cuda"] = torch.version.cuda
         row["clock_mhz"] = _nvidia_smi("clocks.max.sm")
