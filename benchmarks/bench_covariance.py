@@ -45,6 +45,15 @@ def ours(backend: str, device: torch.device) -> Callable[[torch.Tensor, torch.Te
     return lambda C, x: covariance_update_(C, count, x, backend=backend)  # type: ignore[arg-type]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Values as TF32 products see them: ten bits of mantissa, rounded to nearest."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def error(C: torch.Tensor, exact: torch.Tensor) -> float:
     return float((C.double().tril() - exact).abs().max() / exact.abs().max())
 
@@ -83,10 +92,10 @@ def bench_covariance(
         C.zero_()
     assert extra["ours"]["error"] <= 2 * max(extra["addmm"]["error"], 1e-7)
     assert extra["ours, float64 sums"]["error"] <= 2 * max(extra["addmm"]["error"], 1e-7)
-    case = {"d": d, "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
+    case = {"d": d, "tokens": tokens, "dtype": name_of(dtype)}
     calls = {name: (lambda C=C, call=call: call(C, x)) for name, (C, call) in variants.items()}
     small = tokens * d * d < 1 << 30
-    rows = compare(calls, case, ours="ours", rounds=101 if small else 7, extra=extra)
+    rows = compare(calls, case, ours="ours", rounds=301 if small else 7, extra=extra)
     peaks = peaks_of_device()
     if peaks is not None:
         benchmark.extra_info["roofline"] = 1e3 * covariance_seconds(peaks, tokens, d) / rows["ours"]["median_ms"]
@@ -106,7 +115,7 @@ def bench_accuracy(benchmark: BenchmarkFixture, record: Any, device: torch.devic
     spectrum = torch.cat([torch.logspace(-8, -6, d - 3), torch.tensor([0.3, 0.6, 1.0])]).double()
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
     sums = {name: torch.zeros(d, d, dtype=torch.float64, device=device) for name in ("oracle", "ours")}
-    sums |= {name: torch.zeros(d, d, device=device) for name in ("ours, float32 sums", "addmm")}
+    sums |= {name: torch.zeros(d, d, device=device) for name in ("ours, float32 sums", "addmm", "addmm, TF32")}
     count = new_count(device=device)
     for start in range(0, tokens, batch):
         n = min(batch, tokens - start)
@@ -116,6 +125,7 @@ def bench_accuracy(benchmark: BenchmarkFixture, record: Any, device: torch.devic
         covariance_update_(sums["ours"], count, x)
         covariance_update_(sums["ours, float32 sums"], count, x)
         addmm(sums["addmm"], x)
+        addmm(sums["addmm, TF32"], to_tf32(x))
 
     def leak(C: torch.Tensor) -> float:
         U = torch.linalg.eigh(C.double())[1][:, :rank]
@@ -124,7 +134,7 @@ def bench_accuracy(benchmark: BenchmarkFixture, record: Any, device: torch.devic
     best = leak(sums["oracle"])
     found = {name: leak(finalize(C) if name.startswith("ours") else C) / best for name, C in sums.items()}
     for name, ratio in found.items():
-        record({"variant": name, "d": d, "rank": rank, "tokens": tokens, "dtype": str(dtype), "leak_ratio": ratio})
+        record({"variant": name, "d": d, "rank": rank, "tokens": tokens, "dtype": name_of(dtype), "leak_ratio": ratio})
     benchmark.extra_info.update(found)
     assert found["ours"] <= 1.02
     benchmark.pedantic(lambda: covariance_update_(sums["ours"], count, x), rounds=3)

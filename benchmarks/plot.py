@@ -23,21 +23,25 @@ def draw(path: Path) -> Path | None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = read(path)
     if not rows:
         return None
     cases = list(dict.fromkeys(_case(row) for row in rows))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.5 * len(cases)), layout="constrained")
+    variants = [name for name in dict.fromkeys(row["variant"] for row in rows) if name != "ours"]
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.14 * len(cases) * (len(variants) + 1)), layout="constrained")
     height = 0.8 / len(variants)
     for number, variant in enumerate(variants):
         found = {_case(row): row for row in rows if row["variant"] == variant}
         at = [cases.index(case) + (number - len(variants) / 2) * height for case in found]
-        axes.barh(at, [row["ratio"] for row in found.values()], height, label=variant, align="edge")
+        axes.barh(at, [row["ratio"] - 1 for row in found.values()], height, left=1, label=variant, align="edge")
     axes.set_yticks(range(len(cases)), cases)
-    axes.invert_yaxis()
+    axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axes.xaxis.set_major_formatter("{x:g}×")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time as a multiple of ours (right of 1: slower than ours)")
     axes.set_title(
@@ -50,7 +54,9 @@ def draw(path: Path) -> Path | None:
 
 
 def _case(row: dict[str, Any]) -> str:
-    return " · ".join(f"{key}={row[key]}" for key in ("d", "tokens", "rank", "dtype") if key in row)
+    named = [f"{key} {row[key]}" for key in ("d", "rank") if key in row]
+    named += [f"{row['tokens']} tokens"] if "tokens" in row else []
+    return ", ".join([*named, *(row[key] for key in ("dtype",) if key in row)])
 
 
 if __name__ == "__main__":

@@ -122,6 +122,28 @@ def test_small_directions_survive_large_ones(backend: str) -> None:
     assert abs(float(C[1, 1] / exact[1, 1]) - 1) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_leak_of_the_smallest_directions(dtype: torch.dtype, backend: str) -> None:
+    """200,000 tokens, three massive directions, a tail down to 1e-8 of them: a float32 product fails, ours does not."""
+    d, rank, tokens = 128, 32, 200_000
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.cat([torch.logspace(-8, -6, d - 3), torch.tensor([0.3, 0.6, 1.0])]).double()
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    C, count, exact, plain = zeros(d, d), zeros(3), zeros(d, d), torch.zeros(d, d)
+    for _ in range(tokens // 8000):
+        x = (torch.randn(8000, d, generator=generator).double() * spectrum.sqrt() @ basis.T).to(dtype)
+        covariance_update_(C, count, x, backend=backend)  # type: ignore[arg-type]
+        exact.addmm_(x.double().T, x.double())
+        plain.addmm_(x.float().T, x.float())
+
+    def leak(sums: torch.Tensor) -> float:
+        U = torch.linalg.eigh(sums.double())[1][:, :rank]
+        return float((U * (exact @ U)).sum())
+
+    assert leak(finalize(C)) <= 1.02 * leak(exact)
+    assert leak(plain) > 1.02 * leak(exact)
+
+
 def test_mask_and_weights(backend: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 9, 7)
