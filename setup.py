@@ -23,6 +23,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # The stable ABI that csrc/ is written against.
@@ -113,6 +114,7 @@ class CMakeBuild(build_ext):
             raise SystemExit("KORE_FAST_CUDA=1, but there is no nvcc on the path, in CUDA_HOME or in /usr/local/cuda")
         package = ROOT / "kore_fast" if self.editable_mode or self.inplace else Path(self.build_lib) / "kore_fast"
         package.mkdir(parents=True, exist_ok=True)
+        remove_libraries(package)
         # In the source tree, so that the next install compiles only what changed.
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}-torch{torch_version(folder)}"
         build.mkdir(parents=True, exist_ok=True)
@@ -163,6 +165,22 @@ class CMakeBuild(build_ext):
         return {}
 
 
+class PureBuild(build_py):
+    """Without native kernels: an editable install must not go on with those of an earlier one."""
+
+    def run(self) -> None:
+        """Take them away, then build."""
+        if self.editable_mode:
+            remove_libraries(ROOT / "kore_fast")
+        super().run()
+
+
+def remove_libraries(package: Path) -> None:
+    """What an earlier build left: this one may be without CUDA, or without kernels at all."""
+    for library in package.glob("_native*.so"):
+        library.unlink()
+
+
 def pybind11_include(torch: Path) -> Path:
     """Headers of pybind11: its own package, else the copy that torch ships."""
     spec = find_spec("pybind11")
@@ -175,8 +193,9 @@ if reason:
     print(f"kore-fast: pure Python, no native kernels ({reason})", flush=True)
 # Where torch is neither importable nor beside pip, pip fetches one into the isolated build.
 fetch_torch = switch("KORE_FAST_NATIVE") is not False and torch_folder() is None
+pure = bool(reason) and not fetch_torch
 setup(
-    ext_modules=[] if reason and not fetch_torch else [Extension("kore_fast._native", [])],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[] if pure else [Extension("kore_fast._native", [])],
+    cmdclass={"build_py": PureBuild} if pure else {"build_ext": CMakeBuild},
     setup_requires=["torch>=2.11"] if fetch_torch else [],
 )
