@@ -95,10 +95,11 @@ def bench_covariance(
     case = {"d": d, "tokens": tokens, "dtype": name_of(dtype)}
     calls = {name: (lambda C=C, call=call: call(C, x)) for name, (C, call) in variants.items()}
     small = tokens * d * d < 1 << 30
-    rows = compare(calls, case, ours="ours", rounds=301 if small else 7, extra=extra)
     peaks = peaks_of_device()
-    if peaks is not None:
-        benchmark.extra_info["roofline"] = 1e3 * covariance_seconds(peaks, tokens, d) / rows["ours"]["median_ms"]
+    least = None if peaks is None else covariance_seconds(peaks, tokens, d)
+    rows = compare(calls, case, ours="ours", rounds=301 if small else 7, least_seconds=least, extra=extra)
+    if least is not None:
+        benchmark.extra_info["roofline"] = rows["ours"]["roofline"]
     benchmark.extra_info.update({f"ratio to {name}": row["ratio"] for name, row in rows.items() if name != "ours"})
     benchmark.extra_info.update(case)
     benchmark.pedantic(calls["ours"], rounds=3, warmup_rounds=1)

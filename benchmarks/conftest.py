@@ -123,6 +123,7 @@ def compare(record: Callable[[Row], None]) -> Compare:
         *,
         ours: str,
         rounds: int = 7,
+        least_seconds: float | None = None,
         extra: Mapping[str, Row] | None = None,
     ) -> dict[str, Row]:
         """Each round calls every variant once, so that a slow moment of the machine strikes all; in another order each
@@ -133,6 +134,7 @@ def compare(record: Callable[[Row], None]) -> Compare:
             case: what is the same for all of them (shapes, dtypes).
             ours: the variant that the others are compared with; ``ratio`` of a row is how many times its median ours
                 fits into.
+            least_seconds: what the work takes at the device's peaks; a row says which fraction of them it reached.
             extra: more for the row of a variant.
 
         Returns:
@@ -162,6 +164,7 @@ def compare(record: Callable[[Row], None]) -> Compare:
                 "p20_ms": round(1e3 * float(p20), 4),
                 "p80_ms": round(1e3 * float(p80), 4),
                 "ratio": round(median[name] / median[ours], 3),
+                **({} if least_seconds is None else {"roofline": round(least_seconds / median[name], 3)}),
                 **((extra or {}).get(name, {})),
             }
             record(rows[name])

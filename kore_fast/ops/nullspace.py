@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 
+from kore_fast.ops.certificate import candidate, prove, room_below, slack
+from kore_fast.ops.krylov import LowEnd, cholesky_qr, low_ends
 from kore_fast.ops.reference import nullspace as reference
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["auto", "reference", "truncated"]
+# Below, or where more than a fifth of all directions are wanted, a full decomposition is as fast.
+_LEAST_WIDTH, _LARGEST_SHARE = 768, 0.2
+_ASYMMETRY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -17,49 +29,212 @@ class NullSpace:
     """
 
     basis: torch.Tensor
-    """Û (*batch, d, r), orthonormal columns, smallest eigenvalue first."""
+    """Û (*batch, d, r) float64, orthonormal columns, smallest eigenvalue first."""
     eigenvalues: torch.Tensor
     """(*batch, r) Ritz values ûᵀCû, ascending."""
     largest: torch.Tensor
-    """(*batch,) the largest eigenvalue of C."""
+    """(*batch,) the largest eigenvalue of C; by the truncated path from below, to a few digits."""
+    leak: torch.Tensor
+    """(*batch,) tr(ÛᵀCÛ)."""
+    bound: torch.Tensor
+    """(*batch,) no r orthonormal directions leak less: proved up to rounding, which it allows for."""
     energy: torch.Tensor
     """(*batch,) tr(ÛᵀCÛ) / tr(C): the share of the old inputs' energy that the space still carries."""
     orthogonality: torch.Tensor
     """(*batch,) max |ÛᵀÛ − I|."""
     method: str
-    """The path that computed it."""
+    """The path that computed it; of a batch those of all, where they differ."""
+    reason: str
+    """Why that path."""
 
 
-def nullspace(C: torch.Tensor, rank: int, *, method: str = "auto") -> NullSpace:
+def nullspace(
+    C: torch.Tensor,
+    rank: int,
+    *,
+    method: Method = "auto",
+    oversample: int | None = None,
+    tolerance: float = 0.02,
+    generator: torch.Generator | None = None,
+) -> NullSpace:
     """Span of the ``rank`` eigenvectors of ``C`` with the smallest eigenvalues.
 
     Args:
-        C: (*batch, d, d) symmetric positive semi-definite.
+        C: (*batch, d, d) symmetric positive semi-definite, float64 (or another float type, computed in float64).
         rank: r, 1 ≤ r ≤ d.
-        method: ``"auto"`` or ``"reference"`` (float64 ``eigh``).
+        method: ``"reference"`` is a full float64 ``eigh``. ``"truncated"`` is shift-inverted block Krylov (see
+            `kore_fast.ops.krylov`), which stops when the leak is proved to be at most (1 + tolerance) times the least
+            possible; where no proof comes, the reference follows, with a warning in the log. ``"auto"`` chooses by
+            width and rank.
+        oversample: columns of the Krylov space beyond r before its first test; default r.
+        tolerance: relative, see there.
+        generator: of the random start, on C's device; default one with seed 0, so that results repeat.
 
     Raises:
-        ValueError: C not square or not finite, a rank outside 1…d, an unknown method.
+        ValueError: C not square, not symmetric, not finite, or with a negative diagonal entry or eigenvalue; a rank
+            outside 1…d; an unknown method; a tolerance not above 0.
     """
-    d = C.shape[-1]
-    if C.dim() < 2 or C.shape[-2] != d:
+    _check(C, rank, method, tolerance, oversample)
+    batch, d = C.shape[:-2], C.shape[-1]
+    if generator is None:
+        generator = torch.Generator(C.device).manual_seed(0)
+    solved = [
+        _solve(one.to(torch.float64), rank, method, rank if oversample is None else oversample, tolerance, generator)
+        for one in C.detach().reshape(-1, d, d)
+    ]
+
+    def stacked(name: str) -> torch.Tensor:
+        parts: list[torch.Tensor] = [getattr(space, name) for space in solved]
+        return torch.stack(parts).reshape((*batch, *parts[0].shape))
+
+    names = ("basis", "eigenvalues", "largest", "leak", "bound", "energy", "orthogonality")
+    return NullSpace(
+        **{name: stacked(name) for name in names},
+        method=", ".join(dict.fromkeys(space.method for space in solved)),
+        reason="; ".join(dict.fromkeys(space.reason for space in solved)),
+    )
+
+
+def _check(C: torch.Tensor, rank: int, method: str, tolerance: float, oversample: int | None) -> None:
+    d = C.shape[-1] if C.dim() else 0
+    if C.dim() < 2 or C.shape[-2] != d or C.numel() == 0:
         raise ValueError(f"nullspace: C has shape {tuple(C.shape)}, want (*batch, d, d)")
     if not 1 <= rank <= d:
         raise ValueError(f"nullspace: rank {rank} is outside 1…{d}, the width of C")
-    if method not in ("auto", "reference"):
-        raise ValueError(f"nullspace: unknown method {method!r}; choose 'auto' or 'reference'")
+    if method not in get_args(Method):
+        raise ValueError(f"nullspace: unknown method {method!r}; choose {', '.join(map(repr, get_args(Method)))}")
+    if not tolerance > 0:
+        raise ValueError(f"nullspace: tolerance {tolerance}, want above 0")
+    if oversample is not None and oversample < 0:
+        raise ValueError(f"nullspace: oversample {oversample}, want at least 0")
     if not bool(torch.isfinite(C).all()):
         raise ValueError("nullspace: C holds NaN or infinite values")
-    basis, eigenvalues, largest = reference.nullspace(C, rank)
-    C64 = C.to(torch.float64)
-    carried = (basis * (C64 @ basis)).sum(dim=(-2, -1))
-    trace = C64.diagonal(dim1=-2, dim2=-1).sum(-1)
-    identity = torch.eye(rank, dtype=basis.dtype, device=basis.device)
+    for one in C.detach().reshape(-1, d, d):
+        if bool((one.diagonal() < 0).any()):
+            raise ValueError("nullspace: C has a negative diagonal entry; a covariance has none")
+        asymmetry = float((one - one.mT).abs().max())
+        if asymmetry > _ASYMMETRY * float(one.diagonal().max()):
+            raise ValueError(
+                f"nullspace: C is not symmetric (entries differ by {asymmetry:.3g}); mirror sums with finalize first"
+            )
+
+
+def _solve(
+    C: torch.Tensor, rank: int, method: Method, oversample: int, tolerance: float, generator: torch.Generator
+) -> NullSpace:
+    """The ladder for one C (d, d): truncated → more iterations → float64 eigh → the same on the CPU."""
+    d = C.shape[-1]
+    if method == "auto" and (d < _LEAST_WIDTH or rank > _LARGEST_SHARE * d):
+        return _reference(C, rank, f"rank {rank} of width {d}: no slower than the truncated path")
+    if method == "reference":
+        return _reference(C, rank, "asked for")
+    try:
+        space = _truncated(C, rank, oversample, tolerance, generator)
+        if space is not None:
+            return space
+        why = f"the truncated path proved no leak within {tolerance:g} of the least"
+    except ArithmeticError as error:
+        why = f"the truncated path failed: {error}"
+    logger.warning("nullspace, width %d, rank %d: %s; falling back on a full decomposition", d, rank, why)
+    return _reference(C, rank, why)
+
+
+def _truncated(
+    C: torch.Tensor, rank: int, oversample: int, tolerance: float, generator: torch.Generator
+) -> NullSpace | None:
+    """The first space whose leak is proved; None if none is."""
+    rounding = slack(C)
+    block = max(4, -(-rank // 3))
+    leaks: list[float] = []
+    for low in low_ends(C, rank, block, generator):
+        if low.columns < rank + oversample:
+            continue
+        leaks.append(float(low.values.sum()))
+        room = room_below(leaks[-1], tolerance, rank, rounding)
+        if room <= 0:
+            return _space(C, low, 0.0, "truncated", f"a null space to working precision, {low.columns} columns")
+        if _still_to_fall(leaks) > tolerance / 10 * leaks[-1]:
+            continue
+        bound = prove(C, low.basis, candidate(low.values, torch.linalg.vector_norm(low.residuals, dim=0), room))
+        logger.debug("nullspace: %d columns, shift %g, leak %g, bound %s", low.columns, low.shift, leaks[-1], bound)
+        if bound is not None:
+            return _space(C, low, bound, "truncated", f"proved after {low.columns} columns, shift {low.shift:.3g}")
+    return None
+
+
+def _still_to_fall(leaks: list[float]) -> float:
+    """By how much a sequence of leaks should fall yet, as a geometric series; infinite where it does not tell."""
+    falls = [before - after for before, after in pairwise(leaks)][-2:]
+    if len(falls) < 2 or not falls[0] > falls[1]:
+        return torch.inf
+    rate = max(falls[1], 0.0) / falls[0]
+    return max(falls[1], 0.0) * rate / (1 - rate)
+
+
+def _space(C: torch.Tensor, low: LowEnd, bound: float, method: str, reason: str) -> NullSpace:
+    basis = cholesky_qr(low.basis)  # Q times orthonormal vectors: already nearly so
+    return _certified(C, basis, low.values, _largest(C), max(bound, 0.0), method, reason)
+
+
+def _reference(C: torch.Tensor, rank: int, reason: str) -> NullSpace:
+    """By ``eigh``, on the CPU where the device's fails; its result is checked like any other."""
+    where = "reference"
+    try:
+        basis, values, largest = reference.nullspace(C, rank)
+    except RuntimeError as error:
+        if C.device.type == "cpu":
+            raise
+        logger.warning("nullspace: eigh failed on %s (%s); using the CPU", C.device, error)
+        where = "reference on the CPU"
+        basis, values, largest = (part.to(C.device) for part in reference.nullspace(C.cpu(), rank))
+    if float(values[0]) < -_ASYMMETRY * float(largest.abs()):
+        raise ValueError(f"nullspace: C has the negative eigenvalue {float(values[0]):.3g}; a covariance has none")
+    # eigh is backward stable: each eigenvalue is off by at most about d u ‖C‖.
+    bound = max(float(values.clamp(min=0).sum()) - rank * slack(C), 0.0)
+    return _certified(C, basis, values, largest, bound, where, reason)
+
+
+def _certified(
+    C: torch.Tensor,
+    basis: torch.Tensor,
+    values: torch.Tensor,
+    largest: torch.Tensor,
+    bound: float,
+    method: str,
+    reason: str,
+) -> NullSpace:
+    """What was found, with its leak and orthogonality measured on C itself.
+
+    Raises:
+        ArithmeticError: not orthonormal or not finite: nothing that follows could be trusted.
+    """
+    leak = (basis * (C @ basis)).sum()
+    orthogonality = (basis.mT @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)).abs().max()
+    if not (bool(torch.isfinite(leak)) and float(orthogonality) < 1e-8):
+        raise ArithmeticError(
+            f"nullspace: the {method} path gave no orthonormal basis (off by {float(orthogonality):.3g}, leak "
+            f"{float(leak):.3g}); width {C.shape[-1]}, rank {basis.shape[1]}"
+        )
+    trace = C.diagonal().sum()
     return NullSpace(
-        basis=basis,
-        eigenvalues=eigenvalues,
+        basis=basis.contiguous(),
+        eigenvalues=values.contiguous(),
         largest=largest,
-        energy=torch.where(trace > 0, carried / trace, torch.zeros_like(trace)),
-        orthogonality=(basis.mT @ basis - identity).abs().amax(dim=(-2, -1)),
-        method="reference",
+        leak=leak,
+        bound=torch.as_tensor(bound, dtype=leak.dtype, device=leak.device),
+        energy=torch.where(trace > 0, leak / trace, torch.zeros_like(trace)),
+        orthogonality=orthogonality,
+        method=method,
+        reason=reason,
     )
+
+
+def _largest(C: torch.Tensor) -> torch.Tensor:
+    """The largest eigenvalue, from below: the largest Ritz value of a small block Krylov space."""
+    generator = torch.Generator(C.device).manual_seed(0)
+    V = torch.randn(len(C), min(8, len(C) // 4), generator=generator, dtype=C.dtype, device=C.device)
+    blocks = [torch.linalg.qr(V)[0]]
+    for _ in range(3):
+        blocks.append(torch.linalg.qr(C @ blocks[-1])[0])
+    Q = torch.linalg.qr(torch.cat(blocks, 1))[0]
+    return torch.linalg.eigvalsh(Q.mT @ (C @ Q))[-1]

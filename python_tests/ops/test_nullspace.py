@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from kore_fast.ops import nullspace
+from kore_fast.ops.certificate import Dual, prove
 
 
 def spectrum(d: int, exponent: float = 8.0, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,9 +84,151 @@ def test_zero_covariance_has_no_energy() -> None:
         (torch.eye(3), 2, "lanczos", "'lanczos'"),
         (torch.full((3, 3), float("nan")), 1, "auto", "NaN"),
         (torch.diag(torch.tensor([1.0, float("inf")])), 1, "auto", "infinite"),
+        (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), 1, "auto", "not symmetric"),
+        (torch.diag(torch.tensor([1.0, -1.0])), 1, "auto", "negative diagonal"),
+        (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 1, "auto", "negative eigenvalue -1"),
+        (torch.eye(800) + 2 * torch.ones(800, 800).triu(1) + 2 * torch.ones(800, 800).tril(-1), 8, "auto", "negative"),
     ],
 )
 def test_refusals_say_what_is_wrong(C: torch.Tensor, rank: int, method: str, named: str) -> None:
     with pytest.raises(ValueError) as caught:
         nullspace(C, rank, method=method)
     assert named in str(caught.value)
+
+
+def made_of(kind: str, d: int, rank: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """C (d, d) and its eigenvalues, ascending."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        "power law": torch.arange(1, d + 1).double() ** -1.5,
+        "flat power law": torch.arange(1, d + 1).double() ** -0.8,
+        "massive directions": torch.cat(
+            [torch.tensor([1.0, 0.3, 0.1]).double(), torch.logspace(-2, -8, d - 3).double()]
+        ),
+        "clustered tail": torch.cat([torch.logspace(0, -3, d // 2).double(), torch.full((d - d // 2,), 1e-4).double()]),
+        "small cluster": torch.cat(
+            [torch.logspace(0, -3, d - 2 * rank).double(), torch.full((2 * rank,), 1e-8).double()]
+        ),
+        "rank-deficient": torch.cat([torch.logspace(0, -6, d // 2).double(), torch.zeros(d - d // 2).double()]),
+        "null space smaller than rank": torch.cat(
+            [torch.logspace(0, -6, d - rank // 2).double(), torch.zeros(rank // 2)]
+        ),
+    }[kind]
+    Q, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))
+    C = (Q * values) @ Q.T
+    return (C + C.T) / 2, values.sort().values
+
+
+KINDS = [
+    "power law",
+    "flat power law",
+    "massive directions",
+    "clustered tail",
+    "small cluster",
+    "rank-deficient",
+    "null space smaller than rank",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_truncated_path_is_within_its_proof(kind: str) -> None:
+    d, rank = 600, 40
+    C, values = made_of(kind, d, rank)
+    space = nullspace(C, rank, method="truncated")
+    least, rounding = float(values[:rank].sum()), 1e-12 * float(values.sum())
+    assert space.method == "truncated", space.reason
+    assert float(space.leak) == pytest.approx(float(torch.trace(space.basis.T @ C @ space.basis)), abs=rounding)
+    assert float(space.leak) <= 1.02 * least + rounding
+    assert float(space.bound) <= least + rounding
+    assert float(space.leak) <= 1.02 * float(space.bound) + rounding
+    assert float(space.orthogonality) < 1e-13
+    assert torch.equal(space.eigenvalues, space.eigenvalues.sort().values)
+    assert 0.9 * float(values[-1]) <= float(space.largest) <= (1 + 1e-12) * float(values[-1])
+
+
+def test_a_tighter_tolerance_is_kept() -> None:
+    C, values = made_of("power law", 600, 40)
+    least = float(values[:40].sum())
+    loose, tight = (nullspace(C, 40, method="truncated", tolerance=t) for t in (0.05, 0.001))
+    assert float(tight.leak) <= 1.001 * float(tight.bound)
+    assert least * 0.999 <= float(tight.bound) <= least
+    assert float(loose.bound) <= least
+
+
+def test_fewer_tokens_than_dimensions_leave_a_true_null_space() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 800, dtype=torch.float64, generator=generator)
+    x[:, 5] *= 1e4
+    x[:, 700] = 0
+    space = nullspace(x.T @ x, 30)
+    assert space.method == "truncated"
+    assert "null space to working precision" in space.reason
+    assert float((x @ space.basis).abs().max()) < 1e-4 * float((x[:, :5]).abs().max())
+    assert float(space.bound) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_truncated_path_does_not_depend_on_scale(scale: float) -> None:
+    C, values = made_of("massive directions", 600, 40)
+    space = nullspace(C * scale, 40, method="truncated")
+    assert space.method == "truncated"
+    assert float(space.leak) <= 1.02 * scale * float(values[:40].sum())
+
+
+def test_the_same_generator_gives_the_same_bits() -> None:
+    C, _ = made_of("power law", 500, 30)
+    one, same = (nullspace(C, 30, method="truncated") for _ in range(2))
+    other = nullspace(C, 30, method="truncated", generator=torch.Generator().manual_seed(5))
+    assert torch.equal(one.basis, same.basis)
+    assert not torch.equal(one.basis, other.basis)
+    assert float(other.leak) == pytest.approx(float(one.leak), rel=0.02)
+
+
+def test_no_proof_of_what_is_not_so() -> None:
+    """A space that lacks one low direction, and candidates of any γ and weights: never a bound above the optimum."""
+    C, values = made_of("massive directions", 120, 10)
+    vectors = torch.linalg.eigh(C)[1]
+    least = float(values[:10].sum())
+    lacking = torch.cat([vectors[:, 1:10], vectors[:, 60:61]], 1)
+    theta = (lacking * (C @ lacking)).sum(0).sort().values
+    proved = 0
+    generator = torch.Generator().manual_seed(0)
+    for basis in (vectors[:, :10], lacking, torch.linalg.qr(torch.randn(120, 10, generator=generator).double())[0]):
+        for gamma in torch.logspace(-9, 0, 40).tolist():
+            for extra in (0.0, 1e-9, 1e-8, 1e-6):
+                weights = (gamma - (basis * (C @ basis)).sum(0)).clamp(min=0) + extra
+                bound = prove(C, basis, Dual(gamma, weights, weights))
+                if bound is not None:
+                    proved += 1
+                    assert bound <= least * (1 + 1e-12)
+    assert proved > 10
+    assert float(theta.sum()) > 2 * least
+
+
+def test_the_ladder_says_what_it_did(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    C, values = made_of("power law", 200, 10)
+
+    def fails(*_: object) -> object:
+        raise ArithmeticError("no Cholesky factor")
+
+    module = sys.modules["kore_fast.ops.nullspace"]
+    monkeypatch.setattr(module, "low_ends", fails)
+    space = nullspace(C, 10, method="truncated")
+    assert space.method == "reference"
+    assert "no Cholesky factor" in space.reason
+    assert "falling back" in caplog.text
+    assert float(space.leak) == pytest.approx(float(values[:10].sum()), rel=1e-9)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "prove", lambda *_: None)
+    space = nullspace(C, 10, method="truncated")
+    assert space.method == "reference"
+    assert "proved no leak" in space.reason
+
+
+def test_the_choice_is_told() -> None:
+    C, _ = made_of("power law", 900, 30)
+    assert nullspace(C, 30).method == "truncated"
+    assert nullspace(C, 30, method="reference").reason == "asked for"
+    few = nullspace(C[:100, :100], 10)
+    assert few.method == "reference"
+    assert "width 100" in few.reason
