@@ -123,6 +123,7 @@ def compare(record: Callable[[Row], None]) -> Compare:
         *,
         ours: str,
         rounds: int = 7,
+        warm: bool = False,
         least_seconds: float | None = None,
         extra: Mapping[str, Row] | None = None,
     ) -> dict[str, Row]:
@@ -130,10 +131,11 @@ def compare(record: Callable[[Row], None]) -> Compare:
         time, so that none always finds the caches as the same neighbour left them.
 
         Args:
-            variants: name → the call. Each is warmed up first.
+            variants: name → the call.
             case: what is the same for all of them (shapes, dtypes).
             ours: the variant that the others are compared with; ``ratio`` of a row is how many times its median ours
                 fits into.
+            warm: every variant has run already; otherwise each is called once before the rounds.
             least_seconds: what the work takes at the device's peaks; a row says which fraction of them it reached.
             extra: more for the row of a variant.
 
@@ -143,7 +145,7 @@ def compare(record: Callable[[Row], None]) -> Compare:
         mark, seconds = _timer()
         flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda") if torch.cuda.is_available() else None
         samples: dict[str, list[float]] = {name: [] for name in variants}
-        for call in variants.values():
+        for call in variants.values() if not warm else ():
             call()
         order = random.Random(0)
         for _ in range(rounds):

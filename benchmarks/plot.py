@@ -35,7 +35,10 @@ def draw(path: Path) -> Path | None:
     for number, variant in enumerate(variants):
         found = {_case(row): row for row in rows if row["variant"] == variant}
         at = [cases.index(case) + (number - len(variants) / 2) * height for case in found]
-        axes.barh(at, [row["ratio"] - 1 for row in found.values()], height, left=1, label=variant, align="edge")
+        bars = axes.barh(at, [row["ratio"] - 1 for row in found.values()], height, left=1, label=variant, align="edge")
+        for bar, row in zip(bars, found.values(), strict=True):
+            if row.get("failed"):
+                bar.set(hatch="///", alpha=0.4)
     axes.set_yticks(range(len(cases)), cases)
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xscale("log")
@@ -43,7 +46,8 @@ def draw(path: Path) -> Path | None:
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("time as a multiple of ours (right of 1: slower than ours)")
+    note = "; hatched: a wrong result" if any(row.get("failed") for row in rows) else ""
+    axes.set_xlabel(f"time as a multiple of ours (right of 1: slower than ours{note})")
     axes.set_title(
         f"{path.stem} on {rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['threads']} threads", fontsize=10
     )
@@ -54,7 +58,8 @@ def draw(path: Path) -> Path | None:
 
 
 def _case(row: dict[str, Any]) -> str:
-    named = [f"{key} {row[key]}" for key in ("d", "rank") if key in row]
+    named = [row["spectrum"]] if "spectrum" in row else []
+    named += [f"{key} {row[key]}" for key in ("d", "rank") if key in row]
     named += [f"{row['tokens']} tokens"] if "tokens" in row else []
     return ", ".join([*named, *(row[key] for key in ("dtype",) if key in row)])
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kore_fast.ops.cholesky import factorize_
 from kore_fast.ops.covariance import covariance_update_, new_count
 
 EPS = torch.finfo(torch.float64).eps
@@ -65,8 +66,7 @@ def prove(C: torch.Tensor, basis: torch.Tensor, dual: Dual) -> float | None:
     F = C.clone()
     F.diagonal().sub_(dual.gamma)
     covariance_update_(F, new_count(device=F.device), basis.mT, scale=dual.weights)
-    _, failed = torch.linalg.cholesky_ex(F)
-    if int(failed) != 0:
+    if factorize_(F) is None:
         return None
     rank = basis.shape[-1]
     return rank * (dual.gamma - slack(C)) - float((dual.weights * basis.square().sum(0)).sum())

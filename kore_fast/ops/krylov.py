@@ -11,11 +11,12 @@ reorthogonalisation, Ruhe 1984.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from kore_fast.ops.certificate import EPS, slack
+from kore_fast.ops.cholesky import factorize_, solve
 from kore_fast.ops.covariance import covariance_update_, finalize, new_count
 
 # Blocks before the shift is chosen: their smallest Ritz value is a few hundredths above the smallest eigenvalue.
@@ -26,138 +27,147 @@ _SHIFT = 0.93
 _FLAT = 1.3
 
 
-@dataclass(frozen=True)
-class LowEnd:
+class LowEnd(NamedTuple):
     """Ritz vectors of C for its r smallest eigenvalues."""
 
     basis: torch.Tensor
-    """(d, r) orthonormal, ascending."""
+    """(d, r) orthonormal."""
     values: torch.Tensor
-    """(r,) their Ritz values."""
+    """(r,) their Ritz values, ascending."""
     residuals: torch.Tensor
-    """(d, r) C û − θ û."""
-    next_value: float
-    """The Ritz value after the last."""
-    columns: int
-    """Of the Krylov space it was taken from."""
-    shift: float
+    """(r,) ‖C û − θ û‖."""
 
 
-def low_ends(C: torch.Tensor, rank: int, block: int, generator: torch.Generator) -> Iterator[LowEnd]:
-    """Better and better approximations of the bottom-``rank`` space of ``C`` (d, d) float64, a block at a time.
+class KrylovSpace:
+    """An orthonormal basis Q (d, columns) that grows by blocks, with C Q and Qᵀ C Q as soon as they are asked for."""
 
-    Ends where the Krylov space would hold half of all directions: a full decomposition is then no dearer.
+    def __init__(self, C: torch.Tensor) -> None:
+        self._C = C
+        # Rows are the vectors: a new block is appended without a copy of the others.
+        self._vectors = C.new_empty(0, len(C))
+        self._products = C.new_empty(0, len(C))
+        self._projected = C.new_empty(0, 0)
+        self.columns = 0
+        self.shift = 0.0
+
+    @property
+    def Q(self) -> torch.Tensor:
+        """(d, columns)."""
+        return self._vectors[: self.columns].mT
+
+    def append(self, block: torch.Tensor) -> None:
+        """Take in orthonormal columns (d, b) that are orthogonal to Q."""
+        end = self.columns + block.shape[1]
+        self._vectors = _with_room(self._vectors, end)
+        self._vectors[self.columns : end] = block.mT
+        self.columns = end
+
+    def _project(self) -> torch.Tensor:
+        """Qᵀ C Q, whose rows for new vectors are computed all at once."""
+        done = len(self._projected)
+        if done < self.columns:
+            self._products = _with_room(self._products, self.columns)
+            torch.mm(self._vectors[done : self.columns], self._C, out=self._products[done : self.columns])
+            grown = self._C.new_empty(self.columns, self.columns)
+            grown[:done, :done] = self._projected
+            grown[done:] = self._products[done : self.columns] @ self.Q
+            grown[:done, done:] = grown[done:, :done].mT
+            self._projected = grown
+        return (self._projected + self._projected.mT) / 2
+
+    def values(self) -> torch.Tensor:
+        """All Ritz values, ascending: each at least the eigenvalue of C of its place."""
+        return torch.linalg.eigvalsh(self._project())
+
+    def low_end(self, rank: int) -> LowEnd:
+        """The Ritz vectors of the ``rank`` smallest."""
+        values, turned = torch.linalg.eigh(self._project())
+        values, turned = values[:rank], turned[:, :rank]
+        basis = self.Q @ turned
+        residuals = torch.linalg.vector_norm(self._products[: self.columns].mT @ turned - basis * values, dim=0)
+        return LowEnd(basis, values, residuals)
+
+
+def krylov_spaces(C: torch.Tensor, rank: int, generator: torch.Generator) -> Iterator[KrylovSpace]:
+    """The space after every block, from ``rank`` columns on, for the bottom-``rank`` space of ``C`` (d, d) float64.
+
+    It is one space that grows. It ends where it would hold half of all directions: a full decomposition is then no
+    dearer.
 
     Raises:
         ArithmeticError: C cannot be factorised: it is not positive semi-definite to working precision.
     """
-    d = C.shape[0]
-    inverse = _Inverse(C, 0.0)
-    space = _Space(C)
-    new = None
-    null = slack(C)
+    d = len(C)
+    block = max(4, -(-rank // 3))
+    factor = _factor(C, 0.0)
+    if factor is None:
+        raise ArithmeticError("C has no Cholesky factor: it is not positive semi-definite to working precision")
+    space = KrylovSpace(C)
+    start = None
     while space.columns + block <= max(d // 2, 2 * rank):
-        if new is None:
-            new = torch.randn(d, block, generator=generator, dtype=C.dtype, device=C.device)
-        new = _orthonormal(inverse(new), space.Q)
-        if float(space.add(new)) <= block * null:
-            # A true null space: the iteration would find no more of it than it began with, fresh directions do.
-            new = None
-        if space.blocks == _FIRST_BLOCKS:
-            inverse = _shifted(C, inverse, space.values(), block)
-        if space.columns > rank:
-            yield space.low_end(rank, inverse.shift)
+        if start is None:
+            start = torch.randn(d, block, generator=generator, dtype=C.dtype, device=C.device)
+        start = _orthonormal(solve(factor, start), space.Q)
+        space.append(start)
+        if space.columns == _FIRST_BLOCKS * block:
+            values = space.values()
+            if float(values[-1]) <= slack(C):
+                start = None
+            else:
+                factor = _shifted(C, factor, values, space)
+        if space.columns >= rank:
+            yield space
 
 
-class _Inverse:
-    """V ↦ (C − σ I)⁻¹ V by Cholesky; lightly regularised where σ = 0."""
-
-    def __init__(self, C: torch.Tensor, shift: float) -> None:
-        self.shift = shift
-        S = C.clone()
-        diagonal = S.diagonal()
-        if shift == 0:
-            # Relative to each entry, so that massive coordinates do not drown the others, and never nothing.
-            diagonal.add_(4 * len(C) * EPS * (diagonal + diagonal.mean()))
-        else:
-            diagonal.sub_(shift)
-        self._L, failed = torch.linalg.cholesky_ex(S)
-        if int(failed) != 0:
-            raise ArithmeticError(f"no Cholesky factor at shift {shift:g}: leading minor {int(failed)} is not positive")
-
-    def __call__(self, V: torch.Tensor) -> torch.Tensor:
-        half = torch.linalg.solve_triangular(self._L, V, upper=False)
-        return torch.linalg.solve_triangular(self._L.mT, half, upper=True)
+def _factor(C: torch.Tensor, shift: float) -> torch.Tensor | None:
+    """Of C − σ I; lightly regularised where σ = 0."""
+    S = C.clone()
+    diagonal = S.diagonal()
+    if shift == 0:
+        # Relative to each entry, so that massive coordinates do not drown the others, and never nothing.
+        diagonal.add_(4 * len(C) * EPS * (diagonal + diagonal.mean()))
+    else:
+        diagonal.sub_(shift)
+    return factorize_(S)
 
 
-def _shifted(C: torch.Tensor, unshifted: _Inverse, values: torch.Tensor, block: int) -> _Inverse:
-    """The inverse at a shift just below the smallest eigenvalue; the unshifted one where that gains nothing."""
+def _shifted(C: torch.Tensor, unshifted: torch.Tensor, values: torch.Tensor, space: KrylovSpace) -> torch.Tensor:
+    """A factor at a shift just below the smallest eigenvalue; the unshifted one where that gains nothing."""
     smallest = float(values[0])
-    if smallest <= slack(C) or float(values[block - 1]) > _FLAT * smallest:
+    if smallest <= slack(C) or float(values[len(values) // _FIRST_BLOCKS - 1]) > _FLAT * smallest:
         return unshifted
     shift = _SHIFT * smallest
     for _ in range(3):
-        try:
-            return _Inverse(C, shift)
-        except ArithmeticError:
-            shift *= _SHIFT
+        factor = _factor(C, shift)
+        if factor is not None:
+            space.shift = shift
+            return factor
+        shift *= _SHIFT
     return unshifted
 
 
-class _Space:
-    """An orthonormal basis Q that grows by blocks, with C Q and Qᵀ C Q."""
-
-    def __init__(self, C: torch.Tensor) -> None:
-        self._C = C
-        self.Q: torch.Tensor | None = None
-        self._CQ: torch.Tensor | None = None
-        self._T: torch.Tensor | None = None
-        self.blocks = 0
-
-    @property
-    def columns(self) -> int:
-        return 0 if self.Q is None else self.Q.shape[1]
-
-    def add(self, new: torch.Tensor) -> torch.Tensor:
-        """Take a block in; returns its leak."""
-        C_new = self._C @ new
-        self.blocks += 1
-        if self.Q is None or self._CQ is None or self._T is None:
-            self.Q, self._CQ, self._T = new, C_new, new.mT @ C_new
-            return self._T.trace()
-        side = self.Q.mT @ C_new
-        corner = new.mT @ C_new
-        self._T = torch.cat([torch.cat([self._T, side], 1), torch.cat([side.mT, corner], 1)])
-        self.Q, self._CQ = torch.cat([self.Q, new], 1), torch.cat([self._CQ, C_new], 1)
-        return corner.trace()
-
-    def values(self) -> torch.Tensor:
-        assert self._T is not None
-        return torch.linalg.eigvalsh((self._T + self._T.mT) / 2)
-
-    def low_end(self, rank: int, shift: float) -> LowEnd:
-        assert self.Q is not None
-        assert self._CQ is not None
-        assert self._T is not None
-        values, vectors = torch.linalg.eigh((self._T + self._T.mT) / 2)
-        chosen = vectors[:, :rank]
-        basis = self.Q @ chosen
-        residuals = self._CQ @ chosen - basis * values[:rank]
-        return LowEnd(basis, values[:rank], residuals, float(values[rank]), self.columns, shift)
+def _with_room(rows: torch.Tensor, wanted: int) -> torch.Tensor:
+    if wanted <= len(rows):
+        return rows
+    larger = rows.new_empty(max(wanted, 2 * len(rows)), rows.shape[1])
+    larger[: len(rows)] = rows
+    return larger
 
 
-def _orthonormal(V: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
+def _orthonormal(V: torch.Tensor, against: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the columns of ``V`` (d, b), orthogonal to ``against``: block Gram-Schmidt, twice."""
     for _ in range(2):
-        if against is not None:
+        if against.shape[1]:
             V = V - against @ (against.mT @ V)
         V = cholesky_qr(V)
     return V
 
 
 def cholesky_qr(V: torch.Tensor) -> torch.Tensor:
-    """One round of CholeskyQR (Fukaya et al. 2014: two make V orthonormal to working precision), or Householder's QR
-    where the Gram matrix of ``V`` (d, b) is too near singular for it."""
+    """One round of CholeskyQR, or Householder's QR where the Gram matrix of ``V`` (d, b) is too near singular for it.
+
+    Two rounds make the columns orthonormal to working precision (Fukaya et al. 2014).
+    """
     V = V / torch.linalg.vector_norm(V, dim=0).clamp(min=torch.finfo(V.dtype).tiny)
     gram = V.new_zeros(V.shape[1], V.shape[1])
     covariance_update_(gram, new_count(device=V.device), V)

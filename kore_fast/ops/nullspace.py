@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import Literal, get_args
 
 import torch
 
 from kore_fast.ops.certificate import candidate, prove, room_below, slack
-from kore_fast.ops.krylov import LowEnd, cholesky_qr, low_ends
+from kore_fast.ops.krylov import LowEnd, krylov_spaces
 from kore_fast.ops.reference import nullspace as reference
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,8 @@ Method = Literal["auto", "reference", "truncated"]
 # Below, or where more than a fifth of all directions are wanted, a full decomposition is as fast.
 _LEAST_WIDTH, _LARGEST_SHARE = 768, 0.2
 _ASYMMETRY = 1e-6
+# A proof is tried once the leak should fall by no more than this share of the tolerance.
+_PROMISING = 0.15
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,14 @@ def _check(C: torch.Tensor, rank: int, method: str, tolerance: float, oversample
         raise ValueError(f"nullspace: tolerance {tolerance}, want above 0")
     if oversample is not None and oversample < 0:
         raise ValueError(f"nullspace: oversample {oversample}, want at least 0")
-    if not bool(torch.isfinite(C).all()):
-        raise ValueError("nullspace: C holds NaN or infinite values")
     for one in C.detach().reshape(-1, d, d):
+        least, most = map(float, one.aminmax())
+        if not (isfinite(least) and isfinite(most)):
+            raise ValueError("nullspace: C holds NaN or infinite values")
         if bool((one.diagonal() < 0).any()):
             raise ValueError("nullspace: C has a negative diagonal entry; a covariance has none")
-        asymmetry = float((one - one.mT).abs().max())
+        # What finalize mirrored is exactly symmetric, and needs no difference.
+        asymmetry = 0.0 if torch.equal(one, one.mT) else float((one - one.mT).abs().max())
         if asymmetry > _ASYMMETRY * float(one.diagonal().max()):
             raise ValueError(
                 f"nullspace: C is not symmetric (entries differ by {asymmetry:.3g}); mirror sums with finalize first"
@@ -144,21 +149,22 @@ def _truncated(
 ) -> NullSpace | None:
     """The first space whose leak is proved; None if none is."""
     rounding = slack(C)
-    block = max(4, -(-rank // 3))
     leaks: list[float] = []
-    for low in low_ends(C, rank, block, generator):
-        if low.columns < rank + oversample:
+    for space in krylov_spaces(C, rank, generator):
+        leaks.append(float(space.values()[:rank].sum()))
+        if space.columns < rank + oversample:
             continue
-        leaks.append(float(low.values.sum()))
         room = room_below(leaks[-1], tolerance, rank, rounding)
         if room <= 0:
-            return _space(C, low, 0.0, "truncated", f"a null space to working precision, {low.columns} columns")
-        if _still_to_fall(leaks) > tolerance / 10 * leaks[-1]:
+            reason = f"a null space to working precision, {space.columns} columns"
+            return _space(C, space.low_end(rank), 0.0, reason)
+        if _still_to_fall(leaks) > _PROMISING * tolerance * leaks[-1]:
             continue
-        bound = prove(C, low.basis, candidate(low.values, torch.linalg.vector_norm(low.residuals, dim=0), room))
-        logger.debug("nullspace: %d columns, shift %g, leak %g, bound %s", low.columns, low.shift, leaks[-1], bound)
+        low = space.low_end(rank)
+        bound = prove(C, low.basis, candidate(low.values, low.residuals, room))
+        logger.debug("nullspace: %d columns, shift %g, leak %g: bound %s", space.columns, space.shift, leaks[-1], bound)
         if bound is not None:
-            return _space(C, low, bound, "truncated", f"proved after {low.columns} columns, shift {low.shift:.3g}")
+            return _space(C, low, bound, f"proved after {space.columns} columns at shift {space.shift:.3g}")
     return None
 
 
@@ -171,9 +177,8 @@ def _still_to_fall(leaks: list[float]) -> float:
     return max(falls[1], 0.0) * rate / (1 - rate)
 
 
-def _space(C: torch.Tensor, low: LowEnd, bound: float, method: str, reason: str) -> NullSpace:
-    basis = cholesky_qr(low.basis)  # Q times orthonormal vectors: already nearly so
-    return _certified(C, basis, low.values, _largest(C), max(bound, 0.0), method, reason)
+def _space(C: torch.Tensor, low: LowEnd, bound: float, reason: str) -> NullSpace:
+    return _certified(C, low.basis, low.values, _largest(C), max(bound, 0.0), "truncated", reason)
 
 
 def _reference(C: torch.Tensor, rank: int, reason: str) -> NullSpace:

@@ -212,7 +212,7 @@ def test_the_ladder_says_what_it_did(monkeypatch: pytest.MonkeyPatch, caplog: py
         raise ArithmeticError("no Cholesky factor")
 
     module = sys.modules["kore_fast.ops.nullspace"]
-    monkeypatch.setattr(module, "low_ends", fails)
+    monkeypatch.setattr(module, "krylov_spaces", fails)
     space = nullspace(C, 10, method="truncated")
     assert space.method == "reference"
     assert "no Cholesky factor" in space.reason

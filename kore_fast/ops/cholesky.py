@@ -1,0 +1,45 @@
+"""Cholesky factorisation and solves of large symmetric matrices; on a CPU the covariance kernel does the updates."""
+
+from __future__ import annotations
+
+import torch
+
+from kore_fast.ops.covariance import NONFINITE, covariance_update_, new_count
+from kore_fast.ops.native.library import unavailable
+
+# Columns a step: its update is a covariance of so many tokens, long enough for the kernel's full speed.
+_BLOCK = 256
+
+
+def factorize_(A: torch.Tensor) -> torch.Tensor | None:
+    """The lower triangle of ``A`` (d, d) float64 → a factor for `solve`, in A's memory where that can be.
+
+    On a CPU with native kernels, right-looking by blocks: the trailing update A − P Pᵀ, which is nearly all of the
+    work, is a covariance update of −A, which the compiled kernel does one triangle of. Elsewhere the vendor's.
+
+    Returns:
+        L or −L (both give the same solutions), undefined above the diagonal; None where A is not positive definite.
+    """
+    if A.device.type != "cpu" or len(A) <= 2 * _BLOCK or unavailable(A.device) is not None:
+        L, failed = torch.linalg.cholesky_ex(A)
+        return None if int(failed) != 0 else L
+    N = A.neg_()
+    count = new_count()
+    for start in range(0, len(N), _BLOCK):
+        end = min(start + _BLOCK, len(N))
+        L, failed = torch.linalg.cholesky_ex(-N[start:end, start:end])
+        if int(failed) != 0:
+            return None
+        N[start:end, start:end] = -L
+        if end < len(N):
+            panel = torch.linalg.solve_triangular(L.mT, N[end:, start:end], upper=True, left=False)
+            N[end:, start:end] = panel
+            covariance_update_(N[end:, end:], count, panel.mT)
+    # The kernel leaves rows out that are not finite: then this is no factor.
+    return None if float(count[NONFINITE]) else N
+
+
+def solve(L: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """A⁻¹ V (d, b) from the factor of A."""
+    half = torch.linalg.solve_triangular(L, V, upper=False)
+    return torch.linalg.solve_triangular(L.mT, half, upper=True)
