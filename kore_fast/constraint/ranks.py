@@ -125,7 +125,7 @@ def _spend(
             f"{choice.parameters - left:,} already; raise the budget or choose fewer layers"
         )
 
-    prices = {layer: _energy(of[layer])[: highest[layer]] / d_out for layer, (d_out, _) in shapes.items()}
+    prices = {layer: of[layer].shares[: highest[layer]] / d_out for layer, (d_out, _) in shapes.items()}
     # Equal prices (the exact zeros of a singular C) go round: the layer with the lowest rank is next.
     order = list(shapes)
     queue = [(float(prices[n][ranks[n]]), ranks[n], place) for place, n in enumerate(order) if ranks[n] < highest[n]]
@@ -140,11 +140,6 @@ def _spend(
         if ranks[layer] < highest[layer]:
             heapq.heappush(queue, (float(prices[layer][ranks[layer]]), ranks[layer], place))
     return ranks
-
-
-def _energy(spectrum: Spectrum) -> torch.Tensor:
-    """Shares of tr C, 0 where an eigenvalue cannot be told from zero: rounding is not to choose the layers."""
-    return torch.where(spectrum.eigenvalues > spectrum.floor, spectrum.shares, 0.0)
 
 
 def parse_rank_choice(value: Any) -> RankChoice:

@@ -37,18 +37,21 @@ class Spectrum:
     tokens: int
     """Tokens behind the covariance; C is singular below d of them."""
     eigenvalues: torch.Tensor
-    """(d,) float64 on the CPU, ascending, as computed: those of a singular C are rounding, of either sign."""
+    """(d,) float64 on the CPU, ascending, as computed: the zeros of a singular C are rounding, of either sign."""
 
-    @property
-    def floor(self) -> float:
-        """What rounding makes of a zero eigenvalue, at most: d·ε·λ_max, as in NumPy's ``matrix_rank``."""
-        return self.d * torch.finfo(torch.float64).eps * max(0.0, float(self.eigenvalues[-1]))
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """(d,) the eigenvalues without rounding: 0 where they cannot be told from 0 (d·ε·λ_max, as in NumPy's
+        ``matrix_rank``), and for the d − tokens lowest, as no more than ``tokens`` rows make C."""
+        floor = self.d * torch.finfo(torch.float64).eps * self.eigenvalues[-1].clamp(min=0)
+        known = torch.arange(self.d) >= self.d - self.tokens
+        return torch.where(known & (self.eigenvalues > floor), self.eigenvalues, 0.0)
 
     @property
     def condition_number(self) -> float:
-        """κ = λ_max / λ_min; infinite when λ_min cannot be told from zero."""
-        smallest, largest = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
-        return largest / smallest if smallest > self.floor else math.inf
+        """κ = λ_max / λ_min; infinite for a singular C."""
+        smallest, largest = float(self.values[0]), float(self.values[-1])
+        return largest / smallest if smallest > 0 else math.inf
 
     @cached_property
     def effective_rank(self) -> float:
@@ -63,14 +66,13 @@ class Spectrum:
 
     @property
     def trace(self) -> float:
-        """tr C, negative rounding left out."""
-        return float(self.eigenvalues.clamp(min=0).sum())
+        """tr C."""
+        return float(self.values.sum())
 
     @cached_property
     def shares(self) -> torch.Tensor:
-        """(d,) share of tr C in each direction, ascending, negative rounding left out; zeros for C = 0."""
-        values = self.eigenvalues.clamp(min=0)
-        return values / self.trace if self.trace > 0 else values
+        """(d,) share of tr C in each direction, ascending; zeros for C = 0."""
+        return self.values / self.trace if self.trace > 0 else self.values
 
     @cached_property
     def tails(self) -> torch.Tensor:
@@ -154,8 +156,8 @@ _COLUMNS: dict[str, Callable[[Spectrum], Any]] = {
     "d_in": lambda s: s.d,
     "tokens": lambda s: s.tokens,
     "tokens_per_width": lambda s: s.tokens_per_width,
-    "lambda_min": lambda s: max(0.0, float(s.eigenvalues[0])),
-    "lambda_max": lambda s: max(0.0, float(s.eigenvalues[-1])),
+    "lambda_min": lambda s: float(s.values[0]),
+    "lambda_max": lambda s: float(s.values[-1]),
     "condition_number": lambda s: s.condition_number,
     "effective_rank": lambda s: s.effective_rank,
 }

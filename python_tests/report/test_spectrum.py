@@ -23,7 +23,7 @@ def found(exponent: float = 4.0) -> list[Spectrum]:
         values = torch.logspace(-exponent, 0, 8, dtype=torch.float64)
         result.append(Spectrum(attention[0], attention, 8, 16 * (n + 1), values * (torch.arange(8) >= 2 * n)))
         down = f"{PREFIX}.{n}.mlp.down_proj"
-        result.append(Spectrum(down, (down,), 20, 16, torch.linspace(1, 2, 20, dtype=torch.float64)))
+        result.append(Spectrum(down, (down,), 20, 50, torch.linspace(1, 2, 20, dtype=torch.float64)))
     return result
 
 
@@ -34,7 +34,7 @@ def test_a_line_for_each_kind_with_its_worst(tmp_path: Path) -> None:
     attention, down = (line.split("  ") for line in lines[2:4])
     attention, down = ([cell.strip() for cell in line if cell.strip()] for line in (attention, down))
     assert attention[:5] == ["q_proj, k_proj, v_proj", "2", "8", "2", "∞"]
-    assert down[:5] == ["down_proj", "2", "20", "0.8", "2"]
+    assert down[:5] == ["down_proj", "2", "20", "2.5", "2"]
     worst = max(spectrum.tail_energy(4) for spectrum in found() if spectrum.d == 8)
     assert float(attention[6]) == pytest.approx(worst, rel=0.05)
     assert attention[7] == "–"
