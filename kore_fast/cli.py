@@ -19,6 +19,8 @@ STAGES = {
     "evaluate": "adaptation, retention and drift of the base and of every method",
     "report": "figures, tables and the HTML page",
 }
+# Those of `kore-fast spectrum` when none is given.
+_RANKS = (16, 64, 256)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "env":
             return _env()
+        if options.command == "spectrum":
+            return _spectrum(options)
         return _run(options)
     except KoreError as error:
         print(f"kore-fast: {error}", file=sys.stderr)
@@ -52,6 +56,17 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--verbose", action="store_true", help="say more about what is done")
         if name in ("init", "train", "evaluate"):
             command.add_argument("--method", help="only this method of the recipe")
+    spectrum = commands.add_parser("spectrum", help="covariances → how much room they leave, layer by layer")
+    spectrum.add_argument("store", type=Path, help="a covariance folder or file, or a run's folder")
+    spectrum.add_argument(
+        "--rank", type=int, nargs="+", metavar="R", help="ranks to show the tail's energy at (default: 16 64 256)"
+    )
+    spectrum.add_argument(
+        "--weight", action="append", default=[], metavar="SOURCE=W", help="a source's weight in the mix (default: 1)"
+    )
+    spectrum.add_argument("--device", default="cpu", help="where to compute eigenvalues (default: cpu)")
+    spectrum.add_argument("--output", type=Path, metavar="DIR", help="default: spectrum/ beside the covariance folder")
+    spectrum.add_argument("--verbose", action="store_true", help="say more about what is done")
     env = commands.add_parser("env", help="versions, devices and what was built")
     env.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -97,6 +112,63 @@ def _run(options: argparse.Namespace) -> int:
             for line in load_lines(run / "train" / name / "adapter", recipe.model_path()):
                 print(f"    {line}")
     return 0
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    from kore_fast.constraint.spectrum import check_ranks, spectra, write_spectra
+    from kore_fast.constraint.store import CovarianceStore
+    from kore_fast.progress import bar
+    from kore_fast.report.spectrum import draw_tails, spectrum_table
+
+    path = (options.store / "covariance" if (options.store / "covariance").is_dir() else options.store).resolve()
+    store = CovarianceStore.load(path)
+    widest = max(store.widths.values())
+    ranks = options.rank or [rank for rank in _RANKS if rank < widest]
+    check_ranks(ranks, widest)
+    found = spectra(
+        store,
+        _weights(options.weight),
+        device=_device(options.device),
+        progress=lambda groups: bar(groups, len(store.groups), "spectra"),
+    )
+    output = options.output or _beside(path) / "spectrum"
+    write_spectra(found, output, ranks)
+    picture = draw_tails(output)
+    print(f"{spectrum_table(output)}\n\nThe table by layer: {output / 'spectrum.csv'}\nThe plot: {picture}")
+    return 0
+
+
+def _weights(texts: Sequence[str]) -> dict[str, float] | None:
+    from kore_fast.errors import StoreError
+
+    weights = {}
+    for text in texts:
+        source, _, number = text.rpartition("=")
+        try:
+            weights[source] = float(number)
+        except ValueError:
+            source = ""
+        if not source:
+            raise StoreError(f"--weight {text}: want SOURCE=NUMBER, as in text=2")
+    return weights or None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from kore_fast.errors import BackendError
+
+    try:
+        torch.empty(0, dtype=torch.float64, device=name)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise BackendError(f"--device {name}: {str(error).splitlines()[0]}; leave it out to use the CPU") from None
+    return name
+
+
+def _beside(store: Path) -> Path:
+    """The folder that holds the store: outside a stage's own folder, the content of which later stages depend on."""
+    folder = store.parent
+    return folder.parent if (folder / "stage.json").is_file() else folder
 
 
 def _env() -> int:

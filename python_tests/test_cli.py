@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -187,6 +188,54 @@ def test_report_ends_with_table_path_and_lines_for_peft(
     found: dict[str, Any] = {}
     exec("\n".join(lines), found)
     assert any(type(value).__name__.startswith("Peft") for value in found.values())
+
+
+def test_spectrum_needs_the_store_alone(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run" / "covariance", run / "covariance")
+    before = {path: path.read_bytes() for path in (run / "covariance").iterdir()}
+    assert main(["spectrum", str(run / "covariance"), "--rank", "8", "40"]) == 0
+    out = capsys.readouterr().out
+    assert "q_proj, k_proj, v_proj" in out
+    assert "tail at 40" in out
+    files = {path.name: path.read_bytes() for path in (run / "spectrum").iterdir()}
+    assert sorted(files) == ["spectrum.csv", "tails.csv", "tails.png"]
+    assert all(name in out for name in ("spectrum.csv", "tails.png"))
+    # Later stages depend on what is in the covariance folder.
+    assert {path: path.read_bytes() for path in (run / "covariance").iterdir()} == before
+
+    rows = list(csv.DictReader(files["spectrum.csv"].decode().splitlines()))
+    leaks = list(csv.DictReader((finished / "run" / "init" / "kore" / "leak.csv").read_text().splitlines()))
+    assert {row["layer"] for row in rows} == {row["layer"] for row in leaks}
+    energy = {row["layer"]: float(row["tail_energy_8"]) for row in rows}
+    for row in leaks:
+        assert energy[row["layer"]] == pytest.approx(float(row["tail_energy"]), rel=1e-6, abs=1e-13)
+
+    assert main(["spectrum", str(run), "--rank", "8", "40", "--output", str(tmp_path / "again")]) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files
+    assert main(["spectrum", str(run / "covariance" / "text.safetensors")]) == 0
+    assert (run / "spectrum" / "spectrum.csv").read_bytes() != files["spectrum.csv"]
+    text_alone = (run / "spectrum" / "tails.csv").read_bytes()
+    assert main(["spectrum", str(run), "--weight", "chat=0", "--weight", "pictures=0"]) == 0
+    assert (run / "spectrum" / "tails.csv").read_bytes() == text_alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--rank", "65"], "rank 65: want 1…64"),
+        (["--weight", "text"], "--weight text: want SOURCE=NUMBER"),
+        (["--weight", "texts=1"], "source weights name ['texts']"),
+        (["--device", "no_such"], "--device no_such"),
+    ],
+)
+def test_spectrum_s_errors(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    output = tmp_path / "out"
+    assert named in fails(capsys, "spectrum", finished / "run", "--output", output, *arguments)
+    assert "no covariance files here" in fails(capsys, "spectrum", tmp_path, "--output", output)
+    assert not output.exists()
 
 
 def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ class CovarianceStore:
             StoreError: an unknown layer or source, weights that are all zero, a source without tokens.
         """
         group = self.group_of(layer)
-        chosen = self._weights(weights)
+        chosen = self.mix(weights)
         total = torch.zeros(self.widths[group], self.widths[group], dtype=torch.float64)
         for source, weight in chosen.items():
             if (source, group) not in self.parts:
@@ -139,7 +139,12 @@ class CovarianceStore:
             total += unpack(packed, self.widths[group]) * (weight / n)
         return total / sum(chosen.values())
 
-    def _weights(self, weights: Mapping[str, float] | None) -> dict[str, float]:
+    def mix(self, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The sources that a covariance is made of, those of weight 0 left out, with their weights (default 1).
+
+        Raises:
+            StoreError: an unknown source, a weight below zero, or none above.
+        """
         if weights is None:
             return dict.fromkeys(self.sources, 1.0)
         unknown = sorted(set(weights) - set(self.sources))

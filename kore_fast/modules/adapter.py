@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,10 +51,52 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
+def lora_config_for(
+    ranks: Mapping[str, int],
+    target_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> LoraConfig:
+    """The LoRA configuration of a KORE adapter: a rank for each layer, scaling 1 in all, no dropout.
+
+    ``r`` is the commonest rank (the smallest of several such); only layers with another stand in ``rank_pattern`` and
+    ``alpha_pattern``, each under a regular expression that matches nothing but its whole name.
+
+    Args:
+        ranks: r by layer name.
+        target_modules: a pattern for exactly these layers (`target_pattern`); default their names, which PEFT also
+            matches as the ends of longer ones.
+        modules_to_save: as in PEFT.
+
+    Raises:
+        ConstraintError: no layer, or a rank below 1.
+    """
+    for name, rank in ranks.items():
+        if rank < 1:
+            raise ConstraintError(f"{name}: rank {rank}, want at least 1")
+    if not ranks:
+        raise ConstraintError("no layers to adapt: give a rank for at least one")
+    counts = Counter(ranks.values())
+    common = min(counts, key=lambda rank: (-counts[rank], rank))
+    # PEFT asks for ``(.*\.)?(pattern)$``: with ^ nothing can come before the name.
+    others = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != common}
+    return LoraConfig(
+        r=common,
+        lora_alpha=common,
+        lora_dropout=0.0,
+        target_modules=target_modules if isinstance(target_modules, str) else sorted(target_modules or ranks),
+        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+    )
+
+
 def attach_lora(model: nn.Module, config: LoraConfig, factors: Mapping[str, torch.Tensor]) -> PeftModel:
     """Put LoRA layers on ``model`` with the given A (r, d_in) by layer name, and B = 0.
 
-    A has the dtype that PEFT gives it (float32 on a half-precision base).
+    A has the dtype that PEFT gives it (float32 on a half-precision base). Ranks may differ by layer: `lora_config_for`.
+
+    Raises:
+        ConstraintError: the configuration's layers or their ranks are not those of the factors; names the layer.
     """
     peft_model = cast(PeftModel, get_peft_model(model, config))
     layers = lora_layers(peft_model)
@@ -64,7 +108,13 @@ def attach_lora(model: nn.Module, config: LoraConfig, factors: Mapping[str, torc
     with torch.no_grad():
         for name, layer in layers.items():
             for adapter in layer.lora_A:
-                layer.lora_A[adapter].weight.copy_(factors[name])
+                A = layer.lora_A[adapter].weight
+                if A.shape != factors[name].shape:
+                    raise ConstraintError(
+                        f"{name}: its factor A has shape {tuple(factors[name].shape)}, the adapter wants "
+                        f"{tuple(A.shape)}; make the configuration with lora_config_for"
+                    )
+                A.copy_(factors[name])
                 layer.lora_B[adapter].weight.zero_()
     return peft_model
 

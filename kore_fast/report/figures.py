@@ -81,7 +81,7 @@ def adaptation_retention(methods: Sequence[Method], theme: Theme) -> bytes | Non
     if not panels:
         return None
     look = styles([(method.label, method.scores.kind) for method in methods])
-    with _drawing(theme):
+    with drawing(theme):
         figure, axes = _panels(panels, theme)
         for words, ax in zip(panels, axes, strict=True):
             for method in methods:
@@ -103,8 +103,8 @@ def adaptation_retention(methods: Sequence[Method], theme: Theme) -> bytes | Non
                     label=method.label,
                     zorder=3,
                 )
-        _legend(figure, axes)
-        return _png(figure)
+        legend(figure, axes)
+        return png(figure)
 
 
 def leak_map(methods: Sequence[Method], theme: Theme) -> bytes | None:
@@ -120,7 +120,7 @@ def leak_map(methods: Sequence[Method], theme: Theme) -> bytes | None:
     # A single value still needs a scale with two ends.
     scale = LogNorm(vmin=min([*values, 0.99]), vmax=max([*values, 1.0]))
     columns, rows = max(len(grid.columns) for grid in grids), sum(len(grid.rows) for grid in grids)
-    with _drawing(theme):
+    with drawing(theme):
         figure = Figure(
             figsize=(max(_WIDTH, 0.3 * columns + 1.5), 0.28 * rows + 0.6 * len(maps) + 0.5),
             facecolor=theme.paper,
@@ -131,11 +131,11 @@ def leak_map(methods: Sequence[Method], theme: Theme) -> bytes | None:
         for method, grid, ax in zip(maps, grids, axes, strict=True):
             cells = [[_cell(grid, row, column) for column in grid.columns] for row in grid.rows]
             image = ax.imshow(cells, norm=scale, cmap="viridis", aspect="auto", interpolation="nearest")
-            ax.set_yticks(range(len(grid.rows)), [_plain(row) for row in grid.rows], fontsize=8)
+            ax.set_yticks(range(len(grid.rows)), [plain(row) for row in grid.rows], fontsize=8)
             step = max(1, math.ceil(len(grid.columns) / 16))
             ax.set_xticks(range(0, len(grid.columns), step), grid.columns[::step], fontsize=8)
             ax.set_title(
-                f"{_plain(method.label)}: median leak {median(grid.cells.values()):.2g}", fontsize=10, loc="left"
+                f"{plain(method.label)}: median leak {median(grid.cells.values()):.2g}", fontsize=10, loc="left"
             )
             ax.grid(visible=False)
             ax.tick_params(length=0)
@@ -144,7 +144,7 @@ def leak_map(methods: Sequence[Method], theme: Theme) -> bytes | None:
         axes[-1].set_xlabel("layer")
         bar = figure.colorbar(image, ax=list(axes), label="leak (1 = random direction)", pad=0.015, fraction=0.05)
         bar.outline.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
 def loss_curves(methods: Sequence[Method], theme: Theme) -> bytes | None:
@@ -153,7 +153,7 @@ def loss_curves(methods: Sequence[Method], theme: Theme) -> bytes | None:
     if not trained:
         return None
     look = styles([(method.label, method.scores.kind) for method in methods])
-    with _drawing(theme):
+    with drawing(theme):
         figure = Figure(figsize=(_WIDTH, 3.6), facecolor=theme.paper, layout="constrained")
         ax = figure.subplots()
         for method in trained:
@@ -164,8 +164,8 @@ def loss_curves(methods: Sequence[Method], theme: Theme) -> bytes | None:
         ax.set_xlabel("step")
         ax.set_ylabel("training loss, nats a token")
         ax.set_ylim(bottom=0)
-        _legend(figure, [ax])
-        return _png(figure)
+        legend(figure, [ax])
+        return png(figure)
 
 
 def study_scatter(
@@ -183,7 +183,7 @@ def study_scatter(
     kinds = {run.method: run.kind for run in runs}
     names = sorted(kinds, key=lambda name: (kind_order(kinds[name]), name))
     look = styles([(name, kinds[name]) for name in names])
-    with _drawing(theme):
+    with drawing(theme):
         figure, axes = _panels(panels, theme)
         for words, ax in zip(panels, axes, strict=True):
             for name in names:
@@ -210,8 +210,8 @@ def study_scatter(
                         zorder=3,
                         label=pretty(name) if (name, rate) in selected else None,
                     )
-        _legend(figure, axes)
-        return _png(figure)
+        legend(figure, axes)
+        return png(figure)
 
 
 def smoothed(losses: Sequence[LossRow]) -> list[float]:
@@ -241,12 +241,9 @@ class _Grid:
 
 def _grid(leaks: Mapping[str, float]) -> _Grid:
     """Layers as columns, module kinds as rows; a name without a layer's number goes into the column –."""
-    places: dict[str, tuple[str, str]] = {}
-    for name in leaks:
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-        places[name] = (f"{name[: found.start(1)]}*{name[found.end(1) :]}", found[1]) if found else (name, "–")
+    places = {name: kind_and_number(name) for name in leaks}
     kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
-    short = _shortest_endings(kinds)
+    short = shortest_endings(kinds)
     columns = sorted({column for _, column in places.values()}, key=lambda text: (text == "–", text.zfill(9)))
     cells = {(short[places[name][0]], places[name][1]): leak for name, leak in leaks.items()}
     return _Grid([short[kind] for kind in kinds], columns, cells)
@@ -257,7 +254,13 @@ def _cell(grid: _Grid, row: str, column: str) -> float:
     return math.nan if leak is None else max(leak, _SMALLEST_LEAK)
 
 
-def _shortest_endings(names: Sequence[str]) -> dict[str, str]:
+def kind_and_number(name: str) -> tuple[str, str]:
+    """A layer's name with * for its number, and the number; – where it has none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return (f"{name[: found.start(1)]}*{name[found.end(1) :]}", found[1]) if found else (name, "–")
+
+
+def shortest_endings(names: Sequence[str]) -> dict[str, str]:
     """The last dotted parts of each name, as few as tell all names apart."""
     for parts in range(1, 1 + max(name.count(".") + 1 for name in names)):
         endings = {name: ".".join(name.split(".")[-parts:]) for name in names}
@@ -299,7 +302,7 @@ def _error(metric: Metric) -> list[list[float]] | None:
     return [[max(0.0, metric.value - metric.low)], [max(0.0, metric.high - metric.value)]]
 
 
-def _legend(figure: Figure, axes: Sequence[Any]) -> None:
+def legend(figure: Figure, axes: Sequence[Any]) -> None:
     entries: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -308,20 +311,20 @@ def _legend(figure: Figure, axes: Sequence[Any]) -> None:
     if entries:
         figure.legend(
             list(entries.values()),
-            [_plain(label) for label in entries],
+            [plain(label) for label in entries],
             loc="outside lower center",
             ncols=min(len(entries), 5),
             frameon=False,
         )
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not read as mathematics, without control characters."""
     return "".join(sign if sign.isprintable() else "?" for sign in text).replace("\\", "/").replace("$", r"\$")
 
 
 @contextmanager
-def _drawing(theme: Theme) -> Iterator[None]:
+def drawing(theme: Theme) -> Iterator[None]:
     """Matplotlib's own defaults with the theme's colours, whatever the user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -350,7 +353,7 @@ def _drawing(theme: Theme) -> Iterator[None]:
         yield
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     # No software version in the file: equal numbers give equal files.
     stream = io.BytesIO()
     figure.set_dpi(_DOTS_PER_INCH)

@@ -176,7 +176,7 @@ def _read_leaks(path: Path) -> list[LeakRow]:
             raise ValueError(f"leak is {leak}")
         return LeakRow(row["layer"], int(row["rank"]), leak)
 
-    return _read_csv(path, parse, "init")
+    return read_csv(path, parse, "kore-fast init RECIPE")
 
 
 def _read_losses(path: Path) -> list[LossRow]:
@@ -184,10 +184,15 @@ def _read_losses(path: Path) -> list[LossRow]:
         loss = float(row["loss"])
         return LossRow(int(row["step"]), loss if math.isfinite(loss) else math.nan)
 
-    return _read_csv(path, parse, "train")
+    return read_csv(path, parse, "kore-fast train RECIPE")
 
 
-def _read_csv(path: Path, parse: Callable[[Mapping[str, str]], Row], command: str) -> list[Row]:
+def read_csv(path: Path, parse: Callable[[Mapping[str, str]], Row], command: str) -> list[Row]:
+    """Rows of a CSV file, none where it is missing.
+
+    Raises:
+        DataError: a row that ``parse`` refuses; names the file, the row and the command that makes it.
+    """
     if not path.is_file():
         return []
     rows: list[Row] = []
@@ -198,6 +203,6 @@ def _read_csv(path: Path, parse: Callable[[Mapping[str, str]], Row], command: st
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         reason = f"column {error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{path}, row {len(rows) + 1}: {reason}; delete the file and let `kore-fast {command} RECIPE` write it anew"
+            f"{path}, row {len(rows) + 1}: {reason}; delete the file and let `{command}` write it anew"
         ) from None
     return rows

@@ -27,7 +27,7 @@ def terminal_table(run: Path) -> str:
 def format_run(run: Run) -> str:
     """The scores of a run as a plain table; methods that do not fit side by side go into a further block."""
     metrics = measured(method.scores for method in run.methods)
-    first = ["", *(f"{_clean(words.short)} {words.arrow}".rstrip() for words in metrics), "trained parameters"]
+    first = ["", *(f"{clean(words.short)} {words.arrow}".rstrip() for words in metrics), "trained parameters"]
     columns = [_column(method, metrics) for method in run.methods]
     first_width = min(max(map(len, first)), TERMINAL_WIDTH // 3)
     blocks: list[list[list[str]]] = [[]]
@@ -39,7 +39,7 @@ def format_run(run: Run) -> str:
             room = 0
         blocks[-1].append(column)
         room += len(_GAP) + width
-    text = "\n\n".join(_block([name[:first_width] for name in first], block) for block in blocks)
+    text = "\n\n".join(side_by_side([name[:first_width] for name in first], block) for block in blocks)
     return f"{text}\n\n[low, high]: 95 % interval   ↑ ↓: which way is better   {MISSING}: not measured"
 
 
@@ -73,7 +73,7 @@ def delta_text(words: MetricWords, method: Method, base: Method | None) -> str:
 
 
 def _column(method: Method, metrics: Sequence[MetricWords]) -> list[str]:
-    cells = [_clean(method.label)[: TERMINAL_WIDTH // 3]]
+    cells = [clean(method.label)[: TERMINAL_WIDTH // 3]]
     for words in metrics:
         metric = method.scores.metric(words.name)
         cells.append(f"{number(words, metric.value)} {interval(words, metric)}".rstrip() if metric else MISSING)
@@ -81,7 +81,8 @@ def _column(method: Method, metrics: Sequence[MetricWords]) -> list[str]:
     return [*cells, MISSING if trained is None else f"{trained:,}"]
 
 
-def _block(first: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+def side_by_side(first: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+    """Columns under a rule, the first to the left, the others to the right; the first cell of each is its head."""
     widths = [max(map(len, column)) for column in columns]
     first_width = max(map(len, first))
     lines = []
@@ -92,11 +93,11 @@ def _block(first: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Text without control characters, which a terminal would obey."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _markdown_cell(text: str) -> str:
-    escaped = _clean(text).replace("\\", "\\\\").replace("|", "\\|")
+    escaped = clean(text).replace("\\", "\\\\").replace("|", "\\|")
     return escaped.replace("<", "&lt;").replace(">", "&gt;")
