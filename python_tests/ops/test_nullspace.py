@@ -232,3 +232,24 @@ def test_the_choice_is_told() -> None:
     few = nullspace(C[:100, :100], 10)
     assert few.method == "reference"
     assert "width 100" in few.reason
+
+
+@pytest.mark.slow
+def test_the_width_where_vendors_indices_overflow() -> None:
+    """d = 18944, the widest of Qwen2.5-VL-7B: 6·d² and more no longer fit 32 bits. Takes 9 GB and some minutes."""
+    d, rank = 18944, 100
+    values = torch.cat([torch.tensor([1.0, 0.3, 0.1]), torch.logspace(-2, -8, d - 3)]).double()
+    C = torch.diag(values)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):  # C ← H C H with H = I − 2 v vᵀ, in place
+        v = torch.randn(d, generator=generator, dtype=torch.float64)
+        v /= v.norm()
+        Cv = C @ v
+        w = Cv - (v @ Cv) * v
+        C.addr_(v, w, alpha=-2).addr_(w, v, alpha=-2)
+    least = float(values.sort().values[:rank].sum())
+    space = nullspace(C, rank)
+    assert space.method == "truncated"
+    assert float(space.leak) <= 1.02 * least
+    assert float(space.bound) <= least * (1 + 1e-6)
+    assert float(space.orthogonality) < 1e-12
