@@ -18,12 +18,13 @@ from kore_fast.constraint import (
     KoreConfig,
     collect_covariance,
     get_kore_model,
-    initialization,
     kore_factors,
     select_linears,
+    to_residual,
     to_zero_delta,
 )
-from kore_fast.constraint.initialization import nullspace_factors, to_residual
+from kore_fast.constraint import factors as factors_module
+from kore_fast.constraint.factors import nullspace_factors
 from kore_fast.data.conversations import collate, encode
 from kore_fast.errors import ConstraintError, StoreError
 from kore_fast.modules.adapter import lora_layers, model_lora_a_hash
@@ -140,7 +141,7 @@ def test_sources_are_mixed_as_asked(tiny_model: nn.Module, batch: dict[str, torc
 def test_rank_above_a_width_is_refused_before_any_solve(
     tiny_model: nn.Module, store: CovarianceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(initialization, "nullspace", lambda *_: pytest.fail("solved"))
+    monkeypatch.setattr(factors_module, "nullspace", lambda *_, **__: pytest.fail("solved"))
     with pytest.raises(ConstraintError, match=r"layers\.0\.self_attn\.k_proj: rank 17 .*d_out 16.*at most 16"):
         get_kore_model(tiny_model, KoreConfig(rank=17), store)
     with pytest.raises(ConstraintError, match="rank=0"):
