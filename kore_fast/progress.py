@@ -50,7 +50,7 @@ def bar(
         return
     count = len(items) if isinstance(items, Sized) else None
     # The mean speed since the start (smoothing 0): costs are rough, and items few.
-    with tqdm(total=total, smoothing=0, bar_format=_COSTS, **shown) as line:
+    with tqdm(total=total, smoothing=0, miniters=0, bar_format=_COSTS, **shown) as line:
         line.set_postfix_str(_place(0, count), refresh=False)
         for number, item in enumerate(items, start=1):
             yield item
