@@ -57,8 +57,8 @@ def thin_factors(products: Sequence[torch.Tensor], basis: torch.Tensor, *, b0: b
     """Factors of several layers that share one basis, from W0·Û of each.
 
     By QR of the product and the SVD of its r × r triangle, those of one size in a batch: singular values as accurate as
-    the SVD's of the product (they carry an error of ε·σ₁ in both), at a tenth of its time for 4096 × 256. By the Gram
-    matrix (W0·Û)ᵀW0·Û it would be ε·σ₁²/σ: no figure of a σ below 1e-8·σ₁ would be right.
+    the SVD's of the product (an error of ε·σ₁ in both), at a fraction of its time. By the Gram matrix (W0·Û)ᵀW0·Û the
+    error would be ε·σ₁²/σ: no digit of a σ below 1e-8·σ₁ would be right.
 
     Args:
         products: W0·Û (d_out, r) float64; r may differ, then the first r columns of ``basis`` are meant.

@@ -66,7 +66,8 @@ def get_kore_model(
 
     Its logits equal the base's bit for bit. ``lora_alpha = r`` (scaling 1), no dropout: plain PEFT loads what
     ``save_pretrained`` writes. ``model.kore["leaks"]`` holds a `LayerLeak` of every layer as a dictionary. Under
-    torchrun the work is shared and every rank returns the model, see `kore_factors`.
+    torchrun the work is shared and every rank returns the model, see `kore_factors`. Shard a model (`fully_shard`)
+    after this, not before: FSDP2 reduces no gradients of layers that are added to a sharded model.
 
     Args:
         checkpoint: a folder for finished inputs, from which the same call continues after an interruption. Deleted at
@@ -111,10 +112,11 @@ def get_kore_model(
         "leaks": [asdict(leak) for leak in leaks],
     }
     kore_model = as_kore_model(peft_model, kore)
-    team = Ranks(model)
-    with team.sharing_errors():
-        if save_to is not None and team.rank == 0:
-            kore_model.save_pretrained(str(save_to))
-    if checkpoint is not None:
-        remove_factors(checkpoint)
+    if save_to is not None or checkpoint is not None:
+        team = Ranks(model)
+        with team.sharing_errors():
+            if save_to is not None and team.rank == 0:
+                kore_model.save_pretrained(str(save_to))
+        if checkpoint is not None:
+            remove_factors(checkpoint)
     return to_residual(kore_model) if config.form == "residual" else kore_model
