@@ -37,6 +37,7 @@ def test_costs_make_the_time_left_right(capsys: pytest.CaptureFixture[str], monk
     assert not any("36" in line for line in lines)
     assert list(silent([1, 2], 3.0, "x", float)) == [1, 2]
     assert list(bar(iter([1, 2]), 3.0, "x", float)) == [1, 2]
+    assert list(bar([], 0, "x", float)) == []
 
 
 def test_time_left_follows_the_measured_speed() -> None:

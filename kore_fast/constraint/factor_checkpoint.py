@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = "kore_fast.factors/1"
 _END = ".factors.safetensors"
+_OURS = re.compile(rf"\d+{re.escape(_END)}|\.\d+{re.escape(_END)}\.partial")
 
 
 class FactorCheckpoint:
@@ -113,7 +115,8 @@ class FactorCheckpoint:
 def remove_factors(folder: str | Path) -> None:
     """Delete what a `FactorCheckpoint` wrote into ``folder``, and the folder where nothing else is in it."""
     folder = Path(folder)
-    for path in [*folder.glob(f"[0-9]*{_END}"), *folder.glob(f".[0-9]*{_END}.partial")]:
-        path.unlink(missing_ok=True)
-    with suppress(OSError):  # not empty, or not there
+    with suppress(OSError):  # not there, or not empty; another rank may be at it too
+        for path in sorted(folder.iterdir()):
+            if _OURS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         folder.rmdir()

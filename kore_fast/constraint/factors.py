@@ -112,7 +112,8 @@ def kore_factors(
 
     **Several ranks.** Where `torch.distributed` is initialised with more than one rank (torchrun), each solves its
     share of the inputs, packed by cost, and all return the same, with the bits of a single process that has as many
-    threads. All pass the same arguments and a whole store. Weights that FSDP2 shards are gathered one at a time.
+    threads. All pass the same arguments and a whole store. Weights that FSDP2 shards are gathered one at a time. The
+    ranks wait for the slowest, for about as long as one solve: the process group's timeout must be longer.
 
     Args:
         config: target_modules, source_weights, method, and the rank where ``ranks`` gives none.

@@ -83,7 +83,14 @@ class LayerWeight:
 
     def _kind(self) -> str:
         weight: Any = self.module.weight
-        if getattr(weight, "quant_state", None) is not None:
+        quantised = getattr(weight, "quant_state", None)
+        if getattr(quantised, "packing_format_for_cpu", False):
+            # Of this layout `dequantize_4bit` knows nothing: it would return other numbers.
+            raise ConstraintError(
+                f"{self.name}: a forward pass has repacked its 4-bit weight for this CPU (bitsandbytes with AVX-512); "
+                "collect and initialise on an accelerator, or with the unquantised model"
+            )
+        if quantised is not None:
             return "4-bit"
         state = getattr(self.module, "state", None)
         if weight.dtype == torch.int8 and (

@@ -1,7 +1,7 @@
 """Reading weights: quantised ones as they compute, unknown ones not at all.
 
-bitsandbytes needs an accelerator for most of its work and is not among what the tests install: its layers are stood in
-for by classes of the same names and fields, whose packing is written here from its documentation.
+bitsandbytes is not among what the tests install: its layers are stood in for by classes of the same names and fields.
+Where it is installed, its own are tried too.
 """
 
 from __future__ import annotations
@@ -138,6 +138,37 @@ def test_factors_of_a_4bit_layer() -> None:
         kore_factors(model, KoreConfig(rank=13, target_modules=["a"]), store)
     with pytest.raises(ConstraintError, match="a: form='residual' changes"):
         get_kore_model(model, KoreConfig(rank=5, target_modules=["a", "b"], form="residual"), store)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_a_weight_repacked_for_the_cpu_is_refused() -> None:
+    layer: Any = Linear4bit(16, 12).quantize()
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ConstraintError, match="q: a forward pass has repacked its 4-bit weight"):
+        LayerWeight("q", layer)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "8-bit"])
+def test_with_bitsandbytes_itself(kind: str) -> None:
+    """The weight is what its own layer multiplies by."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = torch.randn(64, 64) / 8
+    if kind == "8-bit":
+        layer = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(plain.half(), requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type=kind)
+        layer.weight = bnb.nn.Params4bit(plain.clone(), requires_grad=False, quant_type=kind)
+    assert float((weight_of(layer).float() - plain).abs().max()) < 1e-3  # not quantised yet
+    layer = layer.to("cpu").train()  # in evaluation it may be repacked
+    assert LayerWeight("q", layer).shape == (64, 64)
+    found = weight_of(layer)
+    assert not torch.equal(found, plain)
+    assert float((found - plain).abs().max()) < (0.01 if kind == "8-bit" else 0.2) * float(plain.abs().max())
+    # Its 8-bit product rounds x too, but not one-hot rows.
+    assert torch.allclose(layer(torch.eye(64)).T, found, atol=1e-6)
+    assert torch.equal(weight_of(layer), found)
 
 
 @pytest.mark.parametrize("moved", [False, True])

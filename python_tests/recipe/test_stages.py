@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -101,7 +102,7 @@ def test_killed_at_every_stage_ends_with_the_same_files(finished: Path, tmp_path
 
 
 def test_an_interrupted_init_solves_no_input_twice(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Eight inputs: those before the kill are not solved again, nor any after the adapter is whole."""
     from kore_fast.constraint import factors
@@ -128,6 +129,7 @@ def test_an_interrupted_init_solves_no_input_twice(
     assert 2 <= kept < 8
     run(finished, tmp_path / "run", command="init")
     assert len(solved) == 8 - kept
+    assert re.search(rf"null spaces: 100%.*{len(solved)}/{len(solved)}", capsys.readouterr().err)
     wanted, found = tree(finished / "run" / "init"), tree(tmp_path / "run" / "init")
     assert found == wanted
     shutil.rmtree(tmp_path / "run" / "init" / "kore")
