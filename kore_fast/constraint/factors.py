@@ -294,7 +294,8 @@ class _Run:
     def _space(self, solve: Solve) -> tuple[torch.Tensor, NullSpace]:
         device = self.weights[next(iter(solve.ranks))].device
         C = self.store.covariance(solve.group, self.config.source_weights).to(device)
-        return C, nullspace(C, max(solve.ranks.values()), method=self.config.method)
+        space = nullspace(C, max(solve.ranks.values()), method=self.config.method)
+        return C, replace(space, basis=space.basis.to(torch.float64))
 
     def _product(self, name: str, solve: Solve, space: NullSpace, weight: torch.Tensor | None = None) -> torch.Tensor:
         """W0·Û (d_out, r)."""

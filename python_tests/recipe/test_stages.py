@@ -133,7 +133,10 @@ def test_an_interrupted_init_solves_no_input_twice(
     wanted, found = tree(finished / "run" / "init"), tree(tmp_path / "run" / "init")
     assert found == wanted
     shutil.rmtree(tmp_path / "run" / "init" / "kore")
+    kill("init/kore/kore.json")  # the adapter is not whole, but all is solved
+    assert len(list(checkpoint.glob("[0-9]*"))) == 8
     kill("init/kore/.leak.csv.partial")
+    assert not checkpoint.exists()
     solved.clear()
     run(finished, tmp_path / "run", command="init")
     assert not solved
