@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -15,22 +15,55 @@ T = TypeVar("T")
 class Progress(Protocol):
     """Shows how far a piece of work is."""
 
-    def __call__(self, items: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
-        """Pass ``items`` on, showing how many of ``total`` are done."""
+    def __call__(
+        self,
+        items: Iterable[T],
+        total: float | None = None,
+        label: str = "",
+        cost: Callable[[T], float] | None = None,
+    ) -> Iterator[T]:
+        """Pass ``items`` on, showing how many of ``total`` are done.
+
+        With ``cost`` (any unit) it is costs that are counted, and ``total`` is their sum: the time left is then right
+        also where items take very different times.
+        """
         ...
 
 
-def silent(items: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
+def silent(
+    items: Iterable[T], total: float | None = None, label: str = "", cost: Callable[[T], float] | None = None
+) -> Iterator[T]:
     """A `Progress` that shows nothing."""
     yield from items
 
 
-def bar(items: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
+def bar(
+    items: Iterable[T], total: float | None = None, label: str = "", cost: Callable[[T], float] | None = None
+) -> Iterator[T]:
     """A `Progress` on standard error; where that is no terminal, a line now and then."""
     if total is None and isinstance(items, Sized):
-        total = len(items)
+        total = len(items) if cost is None else sum(map(cost, items))
     interval = 0.2 if sys.stderr.isatty() else 15.0
-    yield from tqdm(items, total=total, desc=label, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+    shown: dict[str, Any] = {"desc": label, "mininterval": interval, "maxinterval": interval, "dynamic_ncols": True}
+    if cost is None:
+        yield from tqdm(items, total=total, **shown)
+        return
+    count = len(items) if isinstance(items, Sized) else None
+    # The mean speed since the start (smoothing 0): costs are rough, and items few.
+    with tqdm(total=total, smoothing=0, miniters=0, bar_format=_COSTS, **shown) as line:
+        line.set_postfix_str(_place(0, count), refresh=False)
+        for number, item in enumerate(items, start=1):
+            yield item
+            line.set_postfix_str(_place(number, count), refresh=False)
+            line.update(cost(item))
+
+
+# The number of a cost says nothing to a reader.
+_COSTS = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
+def _place(number: int, count: int | None) -> str:
+    return f"{number}/{count}" if count is not None else str(number)
 
 
 class RunClock:

@@ -17,6 +17,29 @@ def test_items_pass_through(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(bar(iter([1, 2]), None, "x")) == [1, 2]
 
 
+def test_costs_make_the_time_left_right(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three items of very different size: after the first, 27 of 36 seconds' worth is done, not a third."""
+    import tqdm.std
+
+    clock = 1000.0
+    monkeypatch.setattr(tqdm.std, "time", lambda: clock)
+    done = []
+    for side in bar([3, 2, 1], label="solve", cost=lambda side: side**3):
+        done.append(side)
+        clock += 10 * side**3
+    assert done == [3, 2, 1]
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "solve" in line]
+    # 270 s for 27 of 36; then 80 s for 8; no unit of cost is shown.
+    assert any("75%" in line and "04:30<01:30" in line and "1/3" in line for line in lines), lines
+    assert any("97%" in line and "05:50<00:10" in line and "2/3" in line for line in lines), lines
+    assert "100%" in lines[-1]
+    assert "3/3" in lines[-1]
+    assert not any("36" in line for line in lines)
+    assert list(silent([1, 2], 3.0, "x", float)) == [1, 2]
+    assert list(bar(iter([1, 2]), 3.0, "x", float)) == [1, 2]
+    assert list(bar([], 0, "x", float)) == []
+
+
 def test_time_left_follows_the_measured_speed() -> None:
     clock = RunClock({"a": 100, "b": 200, "c": 300})
     assert clock.left() == 600

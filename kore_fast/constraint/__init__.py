@@ -1,8 +1,10 @@
 """Old knowledge → covariances → the null space that new knowledge is trained in."""
 
 from kore_fast.constraint.collection import collect_covariance
-from kore_fast.constraint.initialization import KoreConfig, get_kore_model, kore_factors, to_zero_delta
+from kore_fast.constraint.factors import kore_factors
+from kore_fast.constraint.initialization import KoreConfig, get_kore_model
 from kore_fast.constraint.leak import LayerLeak, leak
+from kore_fast.constraint.residual import to_residual, to_zero_delta
 from kore_fast.constraint.selection import decoder_linears, select_linears
 from kore_fast.constraint.store import CovarianceStore
 
@@ -16,5 +18,6 @@ __all__ = [
     "kore_factors",
     "leak",
     "select_linears",
+    "to_residual",
     "to_zero_delta",
 ]

@@ -1,4 +1,4 @@
-"""Collection on several ranks: who runs which batch, what they agree on, and how their sums become one.
+"""Work on several ranks: who does what, what they agree on, and how their results become one.
 
 Nothing is pickled: ranks exchange tensors and JSON.
 """
@@ -57,7 +57,7 @@ class Ranks:
         self.sharded = sharded
         if not running and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             logger.warning(
-                "WORLD_SIZE is %s, but torch.distributed is not initialised: every process collects all batches. Call "
+                "WORLD_SIZE is %s, but torch.distributed is not initialised: every process does all the work. Call "
                 "torch.distributed.init_process_group first to share them.",
                 os.environ["WORLD_SIZE"],
             )

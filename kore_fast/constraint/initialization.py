@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import nn
 
-from kore_fast.constraint.fingerprint import model_fingerprint
-from kore_fast.constraint.leak import LayerLeak, layer_leak
-from kore_fast.constraint.selection import select_linears, target_pattern
+from kore_fast.constraint.distributed import Ranks
+from kore_fast.constraint.factor_checkpoint import remove_factors
+from kore_fast.constraint.factors import Solve, kore_factors
+from kore_fast.constraint.residual import check_plain, to_residual
+from kore_fast.constraint.selection import target_pattern
 from kore_fast.constraint.store import CovarianceStore
-from kore_fast.errors import ConstraintError, StoreError
-from kore_fast.ops import nullspace
+from kore_fast.errors import ConstraintError
 
 if TYPE_CHECKING:
     from kore_fast.modules.adapter import KorePeftModel
@@ -28,6 +29,7 @@ class KoreConfig:
         rank: r, the number of lowest directions kept and the LoRA rank; at most the width of every layer (d_in, d_out).
         target_modules: see `select_linears`; default every linear of the language decoder.
         source_weights: weight of each source of the store, see `CovarianceStore.covariance`; default all alike.
+        method: how null spaces are solved, see `ops.nullspace`.
         form: ``"zero_delta"`` trains B from 0 on the untouched W0 and saves an ordinary adapter. ``"residual"`` is the
             paper's: W0 − B0·A with B from B0, the same function and the same training (see `to_zero_delta`).
         train_a: do not freeze A (the paper's ablation). The null space is then only a start.
@@ -38,6 +40,7 @@ class KoreConfig:
     rank: int = 256
     target_modules: str | Sequence[str] | None = None
     source_weights: Mapping[str, float] | None = None
+    method: str = "auto"
     form: Literal["zero_delta", "residual"] = "zero_delta"
     train_a: bool = False
     modules_to_save: Sequence[str] | None = None
@@ -50,93 +53,44 @@ class KoreConfig:
             raise ConstraintError(f"form={self.form!r}: choose 'zero_delta' or 'residual'")
 
 
-@dataclass(frozen=True)
-class Factors:
-    """B0·A = W0·Û·Ûᵀ, the part of a layer's weight that acts on the null space."""
-
-    A: torch.Tensor
-    """(r, d_in) float64: √Σ V*ᵀ."""
-    B0: torch.Tensor
-    """(d_out, r) float64: U* √Σ."""
-
-
-def nullspace_factors(weight: torch.Tensor, basis: torch.Tensor) -> Factors:
-    """Thin-SVD factors of W0·P, P = ÛÛᵀ, without forming P: W0·Û = U*ΣQᵀ, V* = Û·Q (KORE step 3).
-
-    Args:
-        weight: W0 (d_out, d_in), any dtype; computed in float64.
-        basis: Û (d_in, r), orthonormal columns.
-    """
-    U, S, Qh = torch.linalg.svd(weight.detach().to(torch.float64) @ basis, full_matrices=False)
-    root = S.sqrt()
-    return Factors(A=root[:, None] * (Qh @ basis.mT), B0=U * root)
-
-
-def kore_factors(
-    model: nn.Module,
-    config: KoreConfig,
-    store: CovarianceStore,
-    progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
-) -> tuple[dict[str, Factors], list[LayerLeak]]:
-    """Factors and leak of every layer to constrain, by layer name; one null-space solve per distinct input.
-
-    Raises:
-        StoreError: the store is of another model or lacks a layer.
-        ConstraintError: a rank larger than a layer's width; before any solve.
-    """
-    layers = select_linears(model, config.target_modules)
-    weights = {name: _weight(model, name) for name in layers}
-    for name, weight in weights.items():
-        if config.rank > min(weight.shape):
-            raise ConstraintError(
-                f"{name}: rank {config.rank} is larger than its width (d_out {weight.shape[0]}, d_in "
-                f"{weight.shape[1]}); choose at most {min(min(w.shape) for w in weights.values())}"
-            )
-    members: dict[str, list[str]] = {}
-    for name in layers:
-        members.setdefault(store.group_of(name), []).append(name)
-        if store.widths[store.group_of(name)] != weights[name].shape[1]:
-            raise StoreError(
-                f"{name}: its input is {weights[name].shape[1]} wide, the store's covariance "
-                f"{store.widths[store.group_of(name)]}; the store was made for another model"
-            )
-    if store.model != model_fingerprint(model, store.layers):
-        raise StoreError(
-            f"the store was made for another model (fingerprint {store.model[:12]}…) than this one "
-            f"({model_fingerprint(model, store.layers)[:12]}…); collect covariances with this model"
-        )
-    factors: dict[str, Factors] = {}
-    leaks: dict[str, LayerLeak] = {}
-    for group in progress(members) if progress else members:
-        C = store.covariance(group, config.source_weights).to(weights[members[group][0]].device)
-        space = nullspace(C, config.rank)
-        for name in members[group]:
-            factors[name] = nullspace_factors(weights[name], space.basis)
-            leaks[name] = layer_leak(name, factors[name].A, C, weights[name], store, space)
-    return {name: factors[name] for name in layers}, [leaks[name] for name in layers]
-
-
 def get_kore_model(
     model: nn.Module,
     config: KoreConfig,
     store: CovarianceStore,
     *,
-    progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
+    checkpoint: str | Path | None = None,
+    save_to: str | Path | None = None,
+    progress: Callable[[Sequence[Solve]], Iterable[Solve]] | None = None,
 ) -> KorePeftModel:
     """A `PeftModel` whose ``lora_A`` lies in the null space of old knowledge and is frozen, ``lora_B`` zero.
 
     Its logits equal the base's bit for bit. ``lora_alpha = r`` (scaling 1), no dropout: plain PEFT loads what
-    ``save_pretrained`` writes. ``model.kore["leaks"]`` holds a `LayerLeak` of every layer as a dictionary.
+    ``save_pretrained`` writes. ``model.kore["leaks"]`` holds a `LayerLeak` of every layer as a dictionary. Under
+    torchrun the work is shared and every rank returns the model, see `kore_factors`. Shard a model (`fully_shard`)
+    after this, not before: FSDP2 reduces no gradients of layers that are added to a sharded model.
+
+    Args:
+        checkpoint: a folder for finished inputs, from which the same call continues after an interruption. Deleted at
+            the end.
+        save_to: also save the adapter into this folder (rank 0 does), before the checkpoint is deleted.
+        progress: see `kore_factors`.
 
     Raises:
-        StoreError, ConstraintError: see `kore_factors`; also LoRA dropout above zero.
+        StoreError, ConstraintError, DataError: see `kore_factors`; also LoRA dropout above zero, and the residual form
+            where it is to be saved or the weights are quantised or sharded.
     """
     from peft import LoraConfig
 
     from kore_fast.modules.adapter import as_kore_model, attach_lora, lora_a_hash, lora_layers, refuse_dropout
 
     refuse_dropout(config.lora_dropout)
-    factors, leaks = kore_factors(model, config, store, progress)
+    if config.form == "residual":
+        check_plain(model, config.target_modules)
+        if save_to is not None:
+            raise ConstraintError("save_to: the residual form cannot be saved; see to_zero_delta")
+    factors, leaks = kore_factors(
+        model, config, store, b0=False, checkpoint=checkpoint, keep_checkpoint=True, progress=progress
+    )
     names = [name for name, _ in model.named_modules()]
     lora_config = LoraConfig(
         r=config.rank,
@@ -158,53 +112,11 @@ def get_kore_model(
         "leaks": [asdict(leak) for leak in leaks],
     }
     kore_model = as_kore_model(peft_model, kore)
+    if save_to is not None or checkpoint is not None:
+        team = Ranks(model)
+        with team.sharing_errors():
+            if save_to is not None and team.rank == 0:
+                kore_model.save_pretrained(str(save_to))
+        if checkpoint is not None:
+            remove_factors(checkpoint)
     return to_residual(kore_model) if config.form == "residual" else kore_model
-
-
-@torch.no_grad()
-def to_residual(model: KorePeftModel) -> KorePeftModel:
-    """Turn a KORE model into the paper's residual form, in place: W0 − B0·A as base, B0 added to B.
-
-    B0 follows from A alone: its rows are √σ_i v_iᵀ with orthonormal v_i, so W0·P = W0·A⁺·A and B0 = W0·A⁺, column i of
-    which is W0·a_i / ‖a_i‖². Such a model cannot be saved before `to_zero_delta`.
-    """
-    from kore_fast.modules.adapter import lora_layers
-
-    if model.kore_residual is not None:
-        return model
-    model.kore_residual = {}
-    for name, layer in lora_layers(model).items():
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        weight = layer.get_base_layer().weight
-        norms = A.square().sum(dim=1)
-        B0 = (weight.to(A.dtype) @ A.T) / torch.where(norms > 0, norms, torch.ones_like(norms))
-        weight.sub_((B0 @ A).to(weight.dtype))
-        B.add_(B0)
-        model.kore_residual[name] = B0
-    return model
-
-
-@torch.no_grad()
-def to_zero_delta(model: KorePeftModel) -> KorePeftModel:
-    """Undo `to_residual`, in place, also after training: W0 back, B − B0 in B.
-
-    The function stays the same; the adapter that is then saved fits the untouched base model.
-    """
-    from kore_fast.modules.adapter import lora_layers
-
-    if model.kore_residual is None:
-        return model
-    for name, layer in lora_layers(model).items():
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        B0 = model.kore_residual[name]
-        weight = layer.get_base_layer().weight
-        weight.add_((B0 @ A).to(weight.dtype))
-        B.sub_(B0)
-    model.kore_residual = None
-    return model
-
-
-def _weight(model: nn.Module, name: str) -> torch.Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight

@@ -41,15 +41,15 @@ def layer_leak(
     layer: str,
     A: torch.Tensor,
     C: torch.Tensor,
-    weight: torch.Tensor,
+    d_out: int,
     store: CovarianceStore,
     space: NullSpace | None = None,
 ) -> LayerLeak:
     """The leak report's row of one layer; ``space`` is the null space that A was made from, if it was."""
     return LayerLeak(
         layer=layer,
-        d_in=weight.shape[1],
-        d_out=weight.shape[0],
+        d_in=A.shape[1],
+        d_out=d_out,
         rank=A.shape[0],
         tokens=store.tokens(layer),
         leak=leak(A, C),
@@ -72,5 +72,5 @@ def leak_report(
         chosen = [name for name in members if name in factors]
         if chosen:
             C = store.covariance(group, source_weights)
-            rows |= {name: layer_leak(name, factors[name].cpu(), C, weights[name], store) for name in chosen}
+            rows |= {name: layer_leak(name, factors[name].cpu(), C, weights[name].shape[0], store) for name in chosen}
     return [rows[name] for name in factors if name in rows]

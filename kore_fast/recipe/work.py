@@ -21,9 +21,6 @@ from kore_fast.recipe.schema import BASE, Method, Recipe
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from kore_fast.constraint import CovarianceStore
-    from kore_fast.modules.adapter import KorePeftModel
-
 
 def augment(recipe: Recipe, folder: Path) -> None:
     """Items → samples.json, knowledge.json, questions.jsonl, summary.json."""
@@ -75,57 +72,58 @@ def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
 
 
 def init(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Progress) -> None:
-    """Covariances → an adapter to start from, and the leak of its A in every layer."""
+    """Covariances → an adapter to start from, and the leak of its A in every layer. Null spaces that an interrupted
+    call had solved are not solved again."""
     from kore_fast.constraint import CovarianceStore
     from kore_fast.constraint.leak import LayerLeak, leak_report
-    from kore_fast.modules.adapter import lora_layers
+    from kore_fast.modules.adapter import METADATA, lora_layers
     from kore_fast.modules.loading import load_model
 
-    model = load_model(recipe.model_path())
-    store = CovarianceStore.load(run / "covariance") if recipe.covariance else None
-    weights = recipe.source_weights
     rows: list[dict[str, Any]] = []
+    # The last file that an adapter writes: what was killed after it had the adapter whole.
+    if method.kind == "kore" and not (folder / METADATA).exists():
+        _kore_start(recipe, run, method, folder, progress)
     if method.kind == "kore":
-        assert store is not None
-        adapted = _kore_start(recipe, method, model, store, weights, progress)
-        rows = adapted.kore["leaks"]
+        shutil.rmtree(folder / _FACTORS, ignore_errors=True)
+        rows = read_json(folder / METADATA)["leaks"]
     else:
+        model = load_model(recipe.model_path())
         adapted = _lora_start(recipe, method, model)
-        if store is not None:
+        if recipe.covariance:
+            store = CovarianceStore.load(run / "covariance")
             layers = lora_layers(adapted)
             A = {name: layer.lora_A["default"].weight for name, layer in layers.items()}
             base = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-            rows = [asdict(leak) for leak in leak_report(A, base, store, weights)]
-    adapted.save_pretrained(str(folder))
+            rows = [asdict(leak) for leak in leak_report(A, base, store, recipe.source_weights)]
+        adapted.save_pretrained(str(folder))
     # PEFT's model card template, with nothing filled in.
     (folder / "README.md").unlink(missing_ok=True)
     write_text(folder / "leak.csv", _csv(rows, [f.name for f in fields(LayerLeak)]))
 
 
-def _kore_start(
-    recipe: Recipe,
-    method: Method,
-    model: nn.Module,
-    store: CovarianceStore,
-    weights: dict[str, float] | None,
-    progress: Progress,
-) -> KorePeftModel:
-    from kore_fast.constraint import KoreConfig, get_kore_model
+# Finished null spaces, in a stage's folder while it runs.
+_FACTORS = "factors.checkpoint"
+
+
+def _kore_start(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Progress) -> None:
+    from kore_fast.constraint import CovarianceStore, KoreConfig, get_kore_model
+    from kore_fast.constraint.factors import Solve
+    from kore_fast.modules.loading import load_model
 
     assert method.rank is not None
     config = KoreConfig(
         rank=method.rank,
         target_modules=recipe.targets,
-        source_weights=weights,
+        source_weights=recipe.source_weights,
         train_a=not method.frozen_a,
         modules_to_save=method.trained_whole,
     )
 
-    def show(layers: Iterable[str]) -> Iterable[str]:
-        listed = list(layers)
-        return progress(listed, len(listed), "null spaces")
+    def show(solves: Sequence[Solve]) -> Iterable[Solve]:
+        return progress(solves, sum(solve.cost for solve in solves), "null spaces", lambda solve: solve.cost)
 
-    return get_kore_model(model, config, store, progress=show)
+    model, store = load_model(recipe.model_path()), CovarianceStore.load(run / "covariance")
+    get_kore_model(model, config, store, checkpoint=folder / _FACTORS, save_to=folder, progress=show)
 
 
 def _lora_start(recipe: Recipe, method: Method, model: nn.Module) -> PeftModel:

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,48 +17,20 @@ from kore_fast.constraint import (
     KoreConfig,
     collect_covariance,
     get_kore_model,
-    initialization,
     kore_factors,
     select_linears,
-    to_zero_delta,
 )
-from kore_fast.constraint.initialization import nullspace_factors, to_residual
-from kore_fast.data.conversations import collate, encode
+from kore_fast.constraint import factors as factors_module
 from kore_fast.errors import ConstraintError, StoreError
 from kore_fast.modules.adapter import lora_layers, model_lora_a_hash
 
 RANK = 8
 
 
-@pytest.fixture(scope="module")
-def batch(tiny_processor: Any, knowledge_folder: Path) -> dict[str, torch.Tensor]:
-    encoded = [
-        encode(
-            tiny_processor,
-            [("user", f"<image>\nWhat is this? {'Please tell. ' * n}"), ("assistant", "A hill with moss and fern.")],
-            [knowledge_folder / "images" / f"{colour}.png"],
-        )
-        for n, colour in enumerate(["red", "green", "blue", "orange"])
-    ]
-    return collate(encoded, 0)
-
-
-@pytest.fixture
-def store(tiny_model: nn.Module, batch: dict[str, torch.Tensor]) -> CovarianceStore:
-    return collect_covariance(tiny_model, [batch])
-
-
 def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
         return model(**{**batch, "pixel_values": batch["pixel_values"].to(dtype)}).logits
-
-
-def wide_factors(weight: torch.Tensor, P: torch.Tensor, rank: int) -> torch.Tensor:
-    """B·A of the paper's step 3, by the full SVD of W0·P."""
-    U, S, Vh = torch.linalg.svd(weight @ P)
-    root = S[:rank].sqrt()
-    return (U[:, :rank] * root) @ (root[:, None] * Vh[:rank])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -74,35 +45,6 @@ def test_logits_are_the_base_s_bit_for_bit(
     assert trained
     assert all("lora_B" in name for name in trained)
     assert len(trained) == len(lora_layers(model)) == 14
-
-
-def test_factors_are_the_paper_s(tiny_model: nn.Module, store: CovarianceStore) -> None:
-    factors, _ = kore_factors(tiny_model, KoreConfig(rank=RANK), store)
-    assert list(factors) == select_linears(tiny_model)
-    for name, f in factors.items():
-        W0 = tiny_model.get_submodule(name).weight.double()
-        _, vectors = torch.linalg.eigh(store.covariance(name))
-        basis = vectors[:, :RANK]
-        P = basis @ basis.T
-        scale = float((W0 @ P).abs().max())
-        assert float((f.B0 @ f.A - W0 @ P).abs().max()) < 1e-10 * scale
-        assert float((f.B0 @ f.A - wide_factors(W0, P, RANK)).abs().max()) < 1e-10 * scale
-        assert float((f.A @ P - f.A).abs().max()) < 1e-10 * float(f.A.abs().max())
-        S = torch.linalg.svdvals(W0 @ basis)
-        gram = f.A @ f.A.T
-        assert torch.allclose(gram.diagonal(), S, rtol=1e-9)
-        assert float((gram - torch.diag(gram.diagonal())).abs().max()) < 1e-10 * float(S[0])
-
-
-def test_thin_factors_of_a_wide_and_a_tall_weight() -> None:
-    torch.manual_seed(0)
-    for shape in ((5, 30), (30, 12)):
-        W0 = torch.randn(shape, dtype=torch.float64)
-        basis, _ = torch.linalg.qr(torch.randn(shape[1], 5, dtype=torch.float64))
-        f = nullspace_factors(W0, basis)
-        assert f.A.shape == (5, shape[1])
-        assert f.B0.shape == (shape[0], 5)
-        assert torch.allclose(f.B0 @ f.A, W0 @ basis @ basis.T, atol=1e-12)
 
 
 def test_leaks_report_the_space(tiny_model: nn.Module, store: CovarianceStore) -> None:
@@ -124,23 +66,10 @@ def test_leaks_report_the_space(tiny_model: nn.Module, store: CovarianceStore) -
         assert found["tokens"] == store.tokens(name)
 
 
-def test_sources_are_mixed_as_asked(tiny_model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    one = collect_covariance(tiny_model, [batch], source="one")
-    two = collect_covariance(tiny_model, [{"input_ids": torch.randint(4, 250, (4, 40))}], source="two")
-    both = one.merge(two)
-    alone, _ = kore_factors(tiny_model, KoreConfig(rank=RANK), one)
-    chosen, _ = kore_factors(tiny_model, KoreConfig(rank=RANK, source_weights={"two": 0}), both)
-    mixed, _ = kore_factors(tiny_model, KoreConfig(rank=RANK), both)
-    name = select_linears(tiny_model)[0]
-    product = [f[name].B0 @ f[name].A for f in (alone, chosen, mixed)]
-    assert torch.allclose(product[0], product[1], atol=1e-9)
-    assert float((product[0] - product[2]).abs().max()) > 1e-4
-
-
 def test_rank_above_a_width_is_refused_before_any_solve(
     tiny_model: nn.Module, store: CovarianceStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(initialization, "nullspace", lambda *_: pytest.fail("solved"))
+    monkeypatch.setattr(factors_module, "nullspace", lambda *_, **__: pytest.fail("solved"))
     with pytest.raises(ConstraintError, match=r"layers\.0\.self_attn\.k_proj: rank 17 .*d_out 16.*at most 16"):
         get_kore_model(tiny_model, KoreConfig(rank=17), store)
     with pytest.raises(ConstraintError, match="rank=0"):
@@ -176,25 +105,6 @@ def test_store_over_more_layers_than_asked_for(tiny_model: nn.Module, store: Cov
     config = KoreConfig(rank=RANK, target_modules=r".*language_model.*\.(k|up)_proj")
     found = get_kore_model(tiny_model, config, store)
     assert {name.rpartition(".")[2] for name in lora_layers(found)} == {"k_proj", "up_proj"}
-
-
-def test_layers_that_share_across_module_order() -> None:
-    """A store whose groups are not in the model's order is still the model's."""
-
-    class Crossed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            first = self.a(x) + self.c(x)
-            return self.b(first)
-
-    model = Crossed()
-    made = collect_covariance(model, [{"x": torch.randn(40, 6)}], target_modules=["a", "b", "c"])
-    assert made.groups == {"a": ("a", "c"), "b": ("b",)}
-    factors, _ = kore_factors(model, KoreConfig(rank=2, target_modules=["a", "b", "c"]), made)
-    assert list(factors) == ["a", "b", "c"]
 
 
 def test_dropout_is_refused(tiny_model: nn.Module, store: CovarianceStore) -> None:
@@ -236,73 +146,6 @@ def test_projector_is_trained_and_saved_whole(
     assert all("multi_modal_projector" in name or "lora_B" in name for name in trained)
     model.save_pretrained(str(tmp_path))
     assert any("multi_modal_projector" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
-
-
-def train(model: nn.Module, batch: dict[str, torch.Tensor], steps: int = 200) -> None:
-    """AdamW without weight decay on B, towards fixed targets."""
-    torch.manual_seed(3)
-    labels = torch.randint(0, 250, batch["input_ids"].shape)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    for _ in range(steps):
-        loss = nn.functional.cross_entropy(model(**batch).logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def merged(model: nn.Module) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return {
-            name: layer.get_base_layer().weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-            for name, layer in lora_layers(model).items()
-        }
-
-
-def test_both_forms_train_to_the_same_weights(tiny_model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-    text = {name: batch[name][:2] for name in ("input_ids", "attention_mask")}
-    text["input_ids"] = torch.where(text["input_ids"] == 3, 9, text["input_ids"])
-    tiny_model.double()
-    made = collect_covariance(tiny_model, [text])
-    start = {name: tiny_model.get_submodule(name).weight.clone() for name in select_linears(tiny_model)}
-    zero = get_kore_model(copy.deepcopy(tiny_model), KoreConfig(rank=RANK), made)
-    residual = get_kore_model(copy.deepcopy(tiny_model), KoreConfig(rank=RANK, form="residual"), made)
-    for name, weight in merged(residual).items():
-        assert torch.allclose(weight, start[name], rtol=0, atol=1e-12 * float(start[name].abs().max()))
-        assert float((lora_layers(residual)[name].get_base_layer().weight - start[name]).abs().max()) > 1e-4
-    for model in (zero, residual):
-        train(model, text)
-    trained, others = merged(zero), [merged(residual), merged(to_zero_delta(residual))]
-    for name, weight in trained.items():
-        assert float((weight - start[name]).norm()) > 1e-3 * float(start[name].norm())
-        for other in others:
-            assert float((weight - other[name]).norm()) <= 1e-10 * float(weight.norm())
-    # Even the change alone, which is a small part of the weight.
-    for name, layer in lora_layers(zero).items():
-        B, other_B = layer.lora_B["default"].weight, lora_layers(residual)[name].lora_B["default"].weight
-        assert float((B - other_B).detach().norm()) <= 1e-8 * float(B.detach().norm())
-
-
-def test_residual_there_and_back(
-    tiny_model: nn.Module, store: CovarianceStore, batch: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    before = logits(tiny_model, batch)
-    weights = {n: p.clone() for n, p in tiny_model.state_dict().items()}
-    model = get_kore_model(tiny_model, KoreConfig(rank=RANK, form="residual"), store)
-    assert torch.allclose(logits(model, batch), before, atol=1e-5)
-    with pytest.raises(ConstraintError, match="to_zero_delta"):
-        model.save_pretrained(str(tmp_path / "early"))
-    assert not (tmp_path / "early").exists()
-    assert to_residual(model) is model
-    to_zero_delta(model)
-    assert model.kore_residual is None
-    for layer in lora_layers(model).values():
-        assert not layer.lora_B["default"].weight.any()
-    for name, layer in lora_layers(model).items():
-        assert torch.allclose(layer.get_base_layer().weight, weights[f"{name}.weight"], atol=1e-6)
-    to_zero_delta(model)
-    model.save_pretrained(str(tmp_path / "late"))
-    assert (tmp_path / "late" / "adapter_model.safetensors").is_file()
 
 
 LOAD = """

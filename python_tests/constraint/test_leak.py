@@ -72,7 +72,7 @@ def test_report_of_any_adapter() -> None:
     assert rows[1].leak == leak(A["k"], store.covariance("k"))
     assert (rows[0].tail_energy, rows[0].lambda_min, rows[0].lambda_max) == (None, None, None)
     C = store.covariance("q")
-    row = layer_leak("q", nullspace(C, 2).basis.T, C, weights["q"], store, nullspace(C, 2))
+    row = layer_leak("q", nullspace(C, 2).basis.T, C, 4, store, nullspace(C, 2))
     assert row.tail_energy is not None
     assert row.leak == pytest.approx(row.tail_energy * 6 / 2, rel=1e-9)
     values = torch.linalg.eigvalsh(C)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,6 +80,8 @@ def test_killed_at_every_stage_ends_with_the_same_files(finished: Path, tmp_path
         "covariance/text.checkpoint/b/slot.json",
         "covariance/chat.safetensors",
         "init/kore/stage.json",
+        "init/kore/factors.checkpoint/00003.factors.safetensors",
+        "init/kore/.leak.csv.partial",
         "train/lora/checkpoints/checkpoint-4/trainer_state.json",
         "train/kore/checkpoints",
         "evaluate/lora/pictures.jsonl",
@@ -96,6 +99,48 @@ def test_killed_at_every_stage_ends_with_the_same_files(finished: Path, tmp_path
     wanted, found = tree(finished / "run"), tree(tmp_path / "run")
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if wanted[name] != found[name]] == []
+
+
+def test_an_interrupted_init_solves_no_input_twice(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight inputs: those before the kill are not solved again, nor any after the adapter is whole."""
+    from kore_fast.constraint import factors
+
+    for done in ("augment", "covariance"):
+        shutil.copytree(finished / "run" / done, tmp_path / "run" / done)
+    command = ["init", str(finished), "--run", str(tmp_path / "run")]
+    solved: list[int] = []
+    real = factors.nullspace
+
+    def counted(C: torch.Tensor, rank: int, **given: object) -> object:
+        solved.append(C.shape[0])
+        return real(C, rank, **given)
+
+    def kill(at: str) -> None:
+        environment = {**os.environ, "KILL_AT": at, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([sys.executable, "-c", KILLED_AT, *command], env=environment, capture_output=True)
+        assert ended.returncode == -signal.SIGKILL
+
+    monkeypatch.setattr(factors, "nullspace", counted)
+    checkpoint = tmp_path / "run" / "init" / "kore" / "factors.checkpoint"
+    kill("factors.checkpoint/00001.factors.safetensors")
+    kept = len(list(checkpoint.glob("[0-9]*")))
+    assert 2 <= kept < 8
+    run(finished, tmp_path / "run", command="init")
+    assert len(solved) == 8 - kept
+    assert re.search(rf"null spaces: 100%.*{len(solved)}/{len(solved)}", capsys.readouterr().err)
+    wanted, found = tree(finished / "run" / "init"), tree(tmp_path / "run" / "init")
+    assert found == wanted
+    shutil.rmtree(tmp_path / "run" / "init" / "kore")
+    kill("init/kore/kore.json")  # the adapter is not whole, but all is solved
+    assert len(list(checkpoint.glob("[0-9]*"))) == 8
+    kill("init/kore/.leak.csv.partial")
+    assert not checkpoint.exists()
+    solved.clear()
+    run(finished, tmp_path / "run", command="init")
+    assert not solved
+    assert tree(tmp_path / "run" / "init") == wanted
 
 
 def test_two_runs_are_equal_files(finished: Path, tmp_path: Path) -> None:

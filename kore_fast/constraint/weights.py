@@ -1,0 +1,124 @@
+"""A linear layer's weight as it computes: plain, quantised by bitsandbytes, or sharded by FSDP2; read one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kore_fast.errors import ConstraintError
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """A weight that can be read; nothing has been read yet.
+
+    Raises:
+        ConstraintError: when made for a weight that is not there (offloaded, ZeRO-3, FSDP1) or quantised in a way that
+            is not known; names the layer.
+    """
+
+    name: str
+    module: nn.Linear
+
+    def __post_init__(self) -> None:
+        self._kind()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in), also where the weight is packed."""
+        weight = self.module.weight
+        if weight.dim() == 2 and _is_plain(weight):
+            return weight.shape[0], weight.shape[1]
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.module.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is kept in."""
+        return self.module.weight.dtype
+
+    @property
+    def sharded(self) -> bool:
+        """Whether all ranks must read it together (a DTensor of FSDP2 or tensor parallelism)."""
+        return hasattr(self.module.weight, "full_tensor")
+
+    def check_loaded(self) -> None:
+        """Raises `ConstraintError` for a weight on the meta device."""
+        if self.module.weight.is_meta:
+            raise ConstraintError(
+                f"{self.name}: its weight is not loaded (offloaded to CPU or disk by a device_map?); load the model "
+                "without offloading"
+            )
+
+    def read(self) -> torch.Tensor:
+        """(d_out, d_in), floating point. Ranks that share a weight read it together, in one order.
+
+        Raises:
+            ConstraintError: it is offloaded; a 4-bit weight and no bitsandbytes.
+        """
+        self.check_loaded()
+        weight: Any = self.module.weight
+        kind = self._kind()
+        if kind == "4-bit":
+            try:
+                from bitsandbytes.functional import dequantize_4bit
+            except ImportError:
+                raise ConstraintError(f"{self.name}: a 4-bit weight; pip install bitsandbytes to read it") from None
+            return dequantize_4bit(weight.data, weight.quant_state)
+        if kind == "8-bit":
+            # bitsandbytes keeps int8 = W·127 / max|row|; the first forward pass moves the row's maximum to the state.
+            state: Any = getattr(self.module, "state", None)
+            scale = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
+            return weight.data.to(torch.float32) * (scale.to(weight.device, torch.float32).view(-1, 1) / 127)
+        if self.sharded:
+            return weight.detach().full_tensor()
+        return weight.detach()
+
+    def _kind(self) -> str:
+        weight: Any = self.module.weight
+        quantised = getattr(weight, "quant_state", None)
+        if getattr(quantised, "packing_format_for_cpu", False):
+            # Of this layout `dequantize_4bit` knows nothing: it would return other numbers.
+            raise ConstraintError(
+                f"{self.name}: a forward pass has repacked its 4-bit weight for this CPU (bitsandbytes with AVX-512); "
+                "collect and initialise on an accelerator, or with the unquantised model"
+            )
+        if quantised is not None:
+            return "4-bit"
+        state = getattr(self.module, "state", None)
+        if weight.dtype == torch.int8 and (
+            getattr(weight, "SCB", None) is not None or getattr(state, "SCB", None) is not None
+        ):
+            return "8-bit"
+        if not _is_plain(weight):
+            raise ConstraintError(
+                f"{self.name}: a {type(self.module).__name__} with a {type(weight).__name__} of {weight.dtype}; only "
+                "floating-point weights and those of bitsandbytes can be read: initialise on the unquantised model"
+            )
+        if weight.dim() != 2:
+            raise ConstraintError(
+                f"{self.name}: its weight has shape {tuple(weight.shape)}, want (d_out, d_in); FSDP1 and ZeRO-3 keep "
+                "pieces: initialise before wrapping the model, or use FSDP2 (fully_shard)"
+            )
+        return "plain"
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether the numbers mean themselves; 8-bit floats come with scales of their own."""
+    return weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
+
+
+def weight_of(module: nn.Linear, name: str = "layer") -> torch.Tensor:
+    """The (d_out, d_in) weight that ``module`` computes with, dequantised or gathered where needed.
+
+    Raises:
+        ConstraintError: see `LayerWeight`.
+    """
+    return LayerWeight(name, module).read()
