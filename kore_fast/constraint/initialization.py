@@ -16,6 +16,7 @@ from kore_fast.constraint.residual import check_plain, to_residual
 from kore_fast.constraint.selection import target_pattern
 from kore_fast.constraint.store import CovarianceStore
 from kore_fast.errors import ConstraintError
+from kore_fast.ops.nullspace import Method
 
 if TYPE_CHECKING:
     from kore_fast.modules.adapter import KorePeftModel
@@ -40,7 +41,7 @@ class KoreConfig:
     rank: int = 256
     target_modules: str | Sequence[str] | None = None
     source_weights: Mapping[str, float] | None = None
-    method: str = "auto"
+    method: Method = "auto"
     form: Literal["zero_delta", "residual"] = "zero_delta"
     train_a: bool = False
     modules_to_save: Sequence[str] | None = None
