@@ -21,6 +21,8 @@ from kore_fast.ops.covariance import covariance_update_, finalize, new_count
 
 # Blocks before the shift is chosen: their smallest Ritz value is a few hundredths above the smallest eigenvalue.
 _FIRST_BLOCKS = 3
+# Where so little of a vector is new, its product with C is computed afresh.
+_CANCELLED = 1e-3
 # How far below that Ritz value the shift is tried first.
 _SHIFT = 0.93
 # Where the first third of the low eigenvalues span more than this factor, a shift gains less than it costs.
@@ -39,13 +41,12 @@ class LowEnd(NamedTuple):
 
 
 class KrylovSpace:
-    """An orthonormal basis Q (d, columns) that grows by blocks, with C Q and Qᵀ C Q as soon as they are asked for."""
+    """An orthonormal basis Q (d, columns) that grows by blocks, with C Q and Qᵀ C Q."""
 
     def __init__(self, C: torch.Tensor) -> None:
-        self._C = C
-        # Rows are the vectors: a new block is appended without a copy of the others.
-        self._vectors = C.new_empty(0, len(C))
-        self._products = C.new_empty(0, len(C))
+        self._C, self._d = C, len(C)
+        # Rows are [q, C q], so that one product does the same to both, and a new block copies no old one.
+        self._rows = C.new_empty(0, 2 * self._d)
         self._projected = C.new_empty(0, 0)
         self.columns = 0
         self.shift = 0.0
@@ -53,24 +54,57 @@ class KrylovSpace:
     @property
     def Q(self) -> torch.Tensor:
         """(d, columns)."""
-        return self._vectors[: self.columns].mT
+        return self._rows[: self.columns, : self._d].mT
 
-    def append(self, block: torch.Tensor) -> None:
-        """Take in orthonormal columns (d, b) that are orthogonal to Q."""
-        end = self.columns + block.shape[1]
-        self._vectors = _with_room(self._vectors, end)
-        self._vectors[self.columns : end] = block.mT
+    def append(self, Y: torch.Tensor, CY: torch.Tensor) -> torch.Tensor:
+        """Take in what Y (d, b) adds to the space; returns its orthonormal basis (d, b).
+
+        Block Gram-Schmidt, twice. What is done to Y is done to C Y, so that no product with C is needed; unless so
+        little of Y is new that the rounding of C Y would outweigh it.
+        """
+        rows, old = torch.cat([Y.mT, CY.mT], 1), self._rows[: self.columns]
+        rows = rows / torch.linalg.vector_norm(rows[:, : self._d], dim=1, keepdim=True)
+        new = 1.0
+        for _ in range(2):
+            if self.columns:
+                rows = rows.addmm(rows[:, : self._d] @ old[:, : self._d].mT, old, alpha=-1)
+            rows, least = self._cholesky_qr(rows)
+            new *= least
+        if new < _CANCELLED:
+            rows[:, self._d :] = rows[:, : self._d] @ self._C
+        end = self.columns + len(rows)
+        if end > len(self._rows):
+            larger = rows.new_empty(2 * end, 2 * self._d)
+            larger[: self.columns] = old
+            self._rows = larger
+        self._rows[self.columns : end] = rows
         self.columns = end
+        return rows[:, : self._d].mT
+
+    def _cholesky_qr(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """One round of CholeskyQR, or of Householder's QR where the Gram matrix is too near singular for it.
+
+        Two rounds make the vectors orthonormal to working precision (Fukaya et al. 2014). Also returns how small the
+        smallest part of a row was that lay in no other's direction.
+        """
+        norms = torch.linalg.vector_norm(rows[:, : self._d], dim=1, keepdim=True)
+        rows = rows / norms.clamp(min=torch.finfo(rows.dtype).tiny)
+        gram = rows.new_zeros(len(rows), len(rows))
+        covariance_update_(gram, new_count(device=rows.device), rows[:, : self._d].mT)
+        L, failed = torch.linalg.cholesky_ex(finalize(gram))
+        least = float(L.diagonal().min())
+        if int(failed) != 0 or least < 1e-7:
+            Q = torch.linalg.qr(rows[:, : self._d].mT)[0]  # the products are made anew
+            return torch.cat([Q.mT, torch.zeros_like(Q.mT)], 1), 0.0
+        return torch.linalg.solve_triangular(L, rows, upper=False), least * float(norms.min())
 
     def _project(self) -> torch.Tensor:
         """Qᵀ C Q, whose rows for new vectors are computed all at once."""
         done = len(self._projected)
         if done < self.columns:
-            self._products = _with_room(self._products, self.columns)
-            torch.mm(self._vectors[done : self.columns], self._C, out=self._products[done : self.columns])
-            grown = self._C.new_empty(self.columns, self.columns)
+            grown = self._projected.new_empty(self.columns, self.columns)
             grown[:done, :done] = self._projected
-            grown[done:] = self._products[done : self.columns] @ self.Q
+            grown[done:] = self._rows[done : self.columns, self._d :] @ self._rows[: self.columns, : self._d].mT
             grown[:done, done:] = grown[done:, :done].mT
             self._projected = grown
         return (self._projected + self._projected.mT) / 2
@@ -83,8 +117,9 @@ class KrylovSpace:
         """The Ritz vectors of the ``rank`` smallest."""
         values, turned = torch.linalg.eigh(self._project())
         values, turned = values[:rank], turned[:, :rank]
-        basis = self.Q @ turned
-        residuals = torch.linalg.vector_norm(self._products[: self.columns].mT @ turned - basis * values, dim=0)
+        rows = turned.mT @ self._rows[: self.columns]
+        basis = rows[:, : self._d].mT
+        residuals = torch.linalg.vector_norm(rows[:, self._d :].mT - basis * values, dim=0)
         return LowEnd(basis, values, residuals)
 
 
@@ -98,80 +133,60 @@ def krylov_spaces(C: torch.Tensor, rank: int, generator: torch.Generator) -> Ite
         ArithmeticError: C cannot be factorised: it is not positive semi-definite to working precision.
     """
     d = len(C)
-    block = max(4, -(-rank // 3))
-    factor = _factor(C, 0.0)
-    if factor is None:
+    block = 16 * -(-rank // 48)  # about a third of the rank, and whole vectors
+    inverse = _Inverse.regularized(C)
+    if inverse is None:
         raise ArithmeticError("C has no Cholesky factor: it is not positive semi-definite to working precision")
     space = KrylovSpace(C)
     start = None
     while space.columns + block <= max(d // 2, 2 * rank):
         if start is None:
             start = torch.randn(d, block, generator=generator, dtype=C.dtype, device=C.device)
-        start = _orthonormal(solve(factor, start), space.Q)
-        space.append(start)
+        start = space.append(*inverse(start))
         if space.columns == _FIRST_BLOCKS * block:
             values = space.values()
             if float(values[-1]) <= slack(C):
-                start = None
-            else:
-                factor = _shifted(C, factor, values, space)
+                start = None  # a true null space: fresh directions find more of it than the iteration does
+            elif (shifted := _shifted(C, values)) is not None:
+                inverse, space.shift = shifted, -float(shifted.added[0])
         if space.columns >= rank:
             yield space
 
 
-def _factor(C: torch.Tensor, shift: float) -> torch.Tensor | None:
-    """Of C − σ I; lightly regularised where σ = 0."""
-    S = C.clone()
-    diagonal = S.diagonal()
-    if shift == 0:
-        # Relative to each entry, so that massive coordinates do not drown the others, and never nothing.
-        diagonal.add_(4 * len(C) * EPS * (diagonal + diagonal.mean()))
-    else:
-        diagonal.sub_(shift)
-    return factorize_(S)
+class _Inverse:
+    """V ↦ Y = (C + D)⁻¹ V with a diagonal D, and C Y, which is V − D Y."""
+
+    def __init__(self, factor: torch.Tensor, added: torch.Tensor) -> None:
+        self._factor = factor
+        self.added = added
+        """D (d,)."""
+
+    def __call__(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        Y = solve(self._factor, V)
+        return Y, V - self.added[:, None] * Y
+
+    @classmethod
+    def of(cls, C: torch.Tensor, added: torch.Tensor) -> _Inverse | None:
+        """None where C + D is not positive definite."""
+        S = C.clone()
+        S.diagonal().add_(added)
+        factor = factorize_(S)
+        return None if factor is None else cls(factor, added)
+
+    @classmethod
+    def regularized(cls, C: torch.Tensor) -> _Inverse | None:
+        """D relative to each entry, so that massive coordinates do not drown the others, and never nothing."""
+        diagonal = C.diagonal()
+        return cls.of(C, 4 * len(C) * EPS * (diagonal + diagonal.mean()))
 
 
-def _shifted(C: torch.Tensor, unshifted: torch.Tensor, values: torch.Tensor, space: KrylovSpace) -> torch.Tensor:
-    """A factor at a shift just below the smallest eigenvalue; the unshifted one where that gains nothing."""
+def _shifted(C: torch.Tensor, values: torch.Tensor) -> _Inverse | None:
+    """At a shift just below the smallest eigenvalue; None where that gains nothing, or is not found."""
     smallest = float(values[0])
     if smallest <= slack(C) or float(values[len(values) // _FIRST_BLOCKS - 1]) > _FLAT * smallest:
-        return unshifted
-    shift = _SHIFT * smallest
-    for _ in range(3):
-        factor = _factor(C, shift)
-        if factor is not None:
-            space.shift = shift
-            return factor
-        shift *= _SHIFT
-    return unshifted
-
-
-def _with_room(rows: torch.Tensor, wanted: int) -> torch.Tensor:
-    if wanted <= len(rows):
-        return rows
-    larger = rows.new_empty(max(wanted, 2 * len(rows)), rows.shape[1])
-    larger[: len(rows)] = rows
-    return larger
-
-
-def _orthonormal(V: torch.Tensor, against: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of the columns of ``V`` (d, b), orthogonal to ``against``: block Gram-Schmidt, twice."""
-    for _ in range(2):
-        if against.shape[1]:
-            V = V - against @ (against.mT @ V)
-        V = cholesky_qr(V)
-    return V
-
-
-def cholesky_qr(V: torch.Tensor) -> torch.Tensor:
-    """One round of CholeskyQR, or Householder's QR where the Gram matrix of ``V`` (d, b) is too near singular for it.
-
-    Two rounds make the columns orthonormal to working precision (Fukaya et al. 2014).
-    """
-    V = V / torch.linalg.vector_norm(V, dim=0).clamp(min=torch.finfo(V.dtype).tiny)
-    gram = V.new_zeros(V.shape[1], V.shape[1])
-    covariance_update_(gram, new_count(device=V.device), V)
-    L, failed = torch.linalg.cholesky_ex(finalize(gram))
-    if int(failed) != 0 or float(L.diagonal().min()) < 1e-7:
-        return torch.linalg.qr(V)[0]
-    return torch.linalg.solve_triangular(L.mT, V, upper=True, left=False)
+        return None
+    for power in (1, 2, 3):
+        inverse = _Inverse.of(C, C.new_full((len(C),), -smallest * _SHIFT**power))
+        if inverse is not None:
+            return inverse
+    return None

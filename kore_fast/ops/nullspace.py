@@ -138,7 +138,7 @@ def _solve(
         if space is not None:
             return space
         why = f"the truncated path proved no leak within {tolerance:g} of the least"
-    except ArithmeticError as error:
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:
         why = f"the truncated path failed: {error}"
     logger.warning("nullspace, width %d, rank %d: %s; falling back on a full decomposition", d, rank, why)
     return _reference(C, rank, why)
@@ -171,7 +171,7 @@ def _truncated(
 def _still_to_fall(leaks: list[float]) -> float:
     """By how much a sequence of leaks should fall yet, as a geometric series; infinite where it does not tell."""
     falls = [before - after for before, after in pairwise(leaks)][-2:]
-    if len(falls) < 2 or not falls[0] > falls[1]:
+    if len(falls) < 2 or not falls[0] > max(falls[1], 0.0):
         return torch.inf
     rate = max(falls[1], 0.0) / falls[0]
     return max(falls[1], 0.0) * rate / (1 - rate)
@@ -239,7 +239,7 @@ def _largest(C: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator(C.device).manual_seed(0)
     V = torch.randn(len(C), min(8, len(C) // 4), generator=generator, dtype=C.dtype, device=C.device)
     blocks = [torch.linalg.qr(V)[0]]
-    for _ in range(3):
+    for _ in range(2):
         blocks.append(torch.linalg.qr(C @ blocks[-1])[0])
     Q = torch.linalg.qr(torch.cat(blocks, 1))[0]
     return torch.linalg.eigvalsh(Q.mT @ (C @ Q))[-1]

@@ -9,6 +9,7 @@ import torch
 
 from kore_fast.ops import nullspace
 from kore_fast.ops.certificate import Dual, prove
+from kore_fast.ops.krylov import krylov_spaces
 
 
 def spectrum(d: int, exponent: float = 8.0, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +166,41 @@ def test_fewer_tokens_than_dimensions_leave_a_true_null_space() -> None:
     assert "null space to working precision" in space.reason
     assert float((x @ space.basis).abs().max()) < 1e-4 * float((x[:, :5]).abs().max())
     assert float(space.bound) == 0
+
+
+@pytest.mark.parametrize(
+    "C",
+    [
+        torch.eye(800) * 3,
+        torch.zeros(800, 800),
+        torch.ones(800, 800),
+        torch.eye(800) * 1e-300,
+        torch.diag(torch.arange(800) % 2 * 1.0),
+        torch.block_diag(torch.ones(799, 799), torch.zeros(1, 1)),
+    ],
+    ids=["identity", "zero", "rank one", "tiny", "half a null space", "a dead channel"],
+)
+@pytest.mark.parametrize("method", ["auto", "truncated"])
+def test_degenerate_covariances(C: torch.Tensor, method: str) -> None:
+    C = C.double()
+    space = nullspace(C, 20, method=method)  # type: ignore[arg-type]
+    least = float(torch.linalg.eigvalsh(C)[:20].sum())
+    assert float(space.leak) <= 1.02 * least + 1e-11 * float(C.trace())
+    assert float(space.bound) <= least + 1e-11 * float(C.trace())
+    assert float(space.orthogonality) < 1e-12
+
+
+def test_products_with_c_come_from_the_solves() -> None:
+    """The iteration never multiplies by C: what it keeps in its place must be that product to working precision."""
+    C, values = made_of("massive directions", 400, 40)
+    checked = 0
+    for space in krylov_spaces(C, 40, torch.Generator().manual_seed(0)):
+        low = space.low_end(40)
+        exact = torch.linalg.vector_norm(C @ low.basis - low.basis * low.values, dim=0)
+        assert float((exact - low.residuals).abs().max()) < 1e-13 * float(values[-1])
+        assert float((space.Q.T @ space.Q - torch.eye(space.columns)).abs().max()) < 1e-13
+        checked += 1
+    assert checked > 2
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
