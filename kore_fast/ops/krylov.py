@@ -50,6 +50,8 @@ class KrylovSpace:
         self._projected = C.new_empty(0, 0)
         self.columns = 0
         self.shift = 0.0
+        self.fresh = False
+        """Set by the user: begin the next block at random, for eigenvectors in which the first start had no part."""
 
     @property
     def Q(self) -> torch.Tensor:
@@ -138,15 +140,16 @@ def krylov_spaces(C: torch.Tensor, rank: int, generator: torch.Generator) -> Ite
     if inverse is None:
         raise ArithmeticError("C has no Cholesky factor: it is not positive semi-definite to working precision")
     space = KrylovSpace(C)
-    start = None
+    space.fresh = True
     while space.columns + block <= max(d // 2, 2 * rank):
-        if start is None:
+        if space.fresh:
+            space.fresh = False
             start = torch.randn(d, block, generator=generator, dtype=C.dtype, device=C.device)
         start = space.append(*inverse(start))
         if space.columns == _FIRST_BLOCKS * block:
             values = space.values()
             if float(values[-1]) <= slack(C):
-                start = None  # a true null space: fresh directions find more of it than the iteration does
+                space.fresh = True  # a true null space: fresh directions find more of it than the iteration does
             elif (shifted := _shifted(C, values)) is not None:
                 inverse, space.shift = shifted, -float(shifted.added[0])
         if space.columns >= rank:

@@ -165,16 +165,19 @@ def _truncated(
         logger.debug("nullspace: %d columns, shift %g, leak %g: bound %s", space.columns, space.shift, leaks[-1], bound)
         if bound is not None:
             return _space(C, low, bound, f"proved after {space.columns} columns at shift {space.shift:.3g}")
+        # The leak no longer falls, and yet: of eigenvalues that repeat, the iteration finds as many as a block has.
+        space.fresh = True
     return None
 
 
 def _still_to_fall(leaks: list[float]) -> float:
     """By how much a sequence of leaks should fall yet, as a geometric series; infinite where it does not tell."""
-    falls = [before - after for before, after in pairwise(leaks)][-2:]
-    if len(falls) < 2 or not falls[0] > max(falls[1], 0.0):
+    if len(leaks) < 3:
         return torch.inf
-    rate = max(falls[1], 0.0) / falls[0]
-    return max(falls[1], 0.0) * rate / (1 - rate)
+    before, last = (max(high - low, 0.0) for high, low in pairwise(leaks[-3:]))
+    if last == 0:
+        return 0.0
+    return last * last / (before - last) if before > last else torch.inf
 
 
 def _space(C: torch.Tensor, low: LowEnd, bound: float, reason: str) -> NullSpace:
