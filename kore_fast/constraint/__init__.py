@@ -2,10 +2,11 @@
 
 from kore_fast.constraint.collection import collect_covariance
 from kore_fast.constraint.factors import kore_factors
-from kore_fast.constraint.initialization import KoreConfig, get_kore_model
+from kore_fast.constraint.initialization import KoreConfig, get_kore_model, layer_ranks
 from kore_fast.constraint.leak import LayerLeak, leak
 from kore_fast.constraint.residual import to_residual, to_zero_delta
 from kore_fast.constraint.selection import decoder_linears, select_linears
+from kore_fast.constraint.spectrum import spectra
 from kore_fast.constraint.store import CovarianceStore
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "decoder_linears",
     "get_kore_model",
     "kore_factors",
+    "layer_ranks",
     "leak",
     "select_linears",
+    "spectra",
     "to_residual",
     "to_zero_delta",
 ]

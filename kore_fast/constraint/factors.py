@@ -135,7 +135,9 @@ def kore_factors(
     team = Ranks(model)
     with team.sharing_errors():
         layers = select_linears(model, config.target_modules)
-        weights = {name: LayerWeight(name, _linear(model, name)) for name in layers}
+        weights = {name: LayerWeight(name, linear_of(model, name)) for name in layers}
+        if ranks is None and not isinstance(config.rank, int):
+            raise ConstraintError(f"rank={config.rank!r}: give kore_factors the ranks that layer_ranks chooses")
         solves = _plan(weights, store, config.rank if ranks is None else ranks)
         for weight in weights.values():
             weight.check_loaded()
@@ -158,7 +160,8 @@ def kore_factors(
     return {name: factors[name] for name in layers}, [leaks[name] for name in layers]
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """A layer by its name."""
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from kore_fast.constraint.distributed import Ranks
 from kore_fast.constraint.factor_checkpoint import remove_factors
-from kore_fast.constraint.factors import Solve, kore_factors
+from kore_fast.constraint.factors import Solve, kore_factors, linear_of
+from kore_fast.constraint.ranks import FixedRank, choose_ranks, parse_rank_choice
 from kore_fast.constraint.residual import check_plain, to_residual
-from kore_fast.constraint.selection import target_pattern
+from kore_fast.constraint.selection import select_linears, target_pattern
+from kore_fast.constraint.spectrum import spectra
 from kore_fast.constraint.store import CovarianceStore
+from kore_fast.constraint.weights import LayerWeight
 from kore_fast.errors import ConstraintError
 from kore_fast.ops.nullspace import Method
 
@@ -28,6 +31,9 @@ class KoreConfig:
 
     Attributes:
         rank: r, the number of lowest directions kept and the LoRA rank; at most the width of every layer (d_in, d_out).
+            Or a rank for each layer, by its spectrum: ``{"energy": 1e-4}`` keeps directions with at most this share of
+            the old inputs' energy, ``{"parameters": 8_000_000}`` spends so many trained parameters (of B) where they
+            leak least; with ``lowest`` and ``highest`` if wanted (see `ranks.choose_ranks`).
         target_modules: see `select_linears`; default every linear of the language decoder.
         source_weights: weight of each source of the store, see `CovarianceStore.covariance`; default all alike.
         method: how null spaces are solved, see `ops.nullspace`.
@@ -38,7 +44,7 @@ class KoreConfig:
         lora_dropout: must be 0; here to say so.
     """
 
-    rank: int = 256
+    rank: int | Mapping[str, Any] = 256
     target_modules: str | Sequence[str] | None = None
     source_weights: Mapping[str, float] | None = None
     method: Method = "auto"
@@ -48,10 +54,23 @@ class KoreConfig:
     lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConstraintError(f"rank={self.rank}: want at least 1")
+        parse_rank_choice(self.rank)
         if self.form not in ("zero_delta", "residual"):
             raise ConstraintError(f"form={self.form!r}: choose 'zero_delta' or 'residual'")
+
+
+def layer_ranks(model: nn.Module, config: KoreConfig, store: CovarianceStore) -> dict[str, int]:
+    """The rank of each layer that ``config`` chooses, by name. By spectrum it takes a full ``eigvalsh`` an input.
+
+    Raises:
+        StoreError, ConstraintError: see `choose_ranks`; also a store that lacks a layer.
+    """
+    choice = parse_rank_choice(config.rank)
+    layers = select_linears(model, config.target_modules)
+    shapes = {name: LayerWeight(name, linear_of(model, name)).shape for name in layers}
+    fixed = isinstance(choice, FixedRank)
+    device = next(model.parameters()).device
+    return choose_ranks(choice, [] if fixed else spectra(store, config.source_weights, layers, device=device), shapes)
 
 
 def get_kore_model(
@@ -80,31 +99,33 @@ def get_kore_model(
         StoreError, ConstraintError, DataError: see `kore_factors`; also LoRA dropout above zero, and the residual form
             where it is to be saved or the weights are quantised or sharded.
     """
-    from peft import LoraConfig
-
-    from kore_fast.modules.adapter import as_kore_model, attach_lora, lora_a_hash, lora_layers, refuse_dropout
+    from kore_fast.modules.adapter import (
+        as_kore_model,
+        attach_lora,
+        lora_a_hash,
+        lora_config_for,
+        lora_layers,
+        refuse_dropout,
+    )
 
     refuse_dropout(config.lora_dropout)
     if config.form == "residual":
         check_plain(model, config.target_modules)
         if save_to is not None:
             raise ConstraintError("save_to: the residual form cannot be saved; see to_zero_delta")
+    ranks = None if isinstance(config.rank, int) else layer_ranks(model, config, store)
     factors, leaks = kore_factors(
-        model, config, store, b0=False, checkpoint=checkpoint, keep_checkpoint=True, progress=progress
+        model, config, store, ranks=ranks, b0=False, checkpoint=checkpoint, keep_checkpoint=True, progress=progress
     )
     names = [name for name, _ in model.named_modules()]
-    lora_config = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.rank,
-        lora_dropout=0.0,
-        target_modules=target_pattern(list(factors), names),
-        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
+    lora_config = lora_config_for(
+        {name: len(f.A) for name, f in factors.items()}, target_pattern(list(factors), names), config.modules_to_save
     )
     peft_model = attach_lora(model, lora_config, {name: f.A for name, f in factors.items()})
     layers = lora_layers(peft_model)
     kore = {
         "format": "kore_fast.adapter/1",
-        "rank": config.rank,
+        "rank": dict(config.rank) if isinstance(config.rank, Mapping) else config.rank,
         "train_a": config.train_a,
         "lora_a_sha256": lora_a_hash((name, layer.lora_A["default"].weight) for name, layer in layers.items()),
         "covariance": store.fingerprint(),

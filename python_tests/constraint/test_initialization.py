@@ -22,7 +22,7 @@ from kore_fast.constraint import (
 )
 from kore_fast.constraint import factors as factors_module
 from kore_fast.errors import ConstraintError, StoreError
-from kore_fast.modules.adapter import lora_layers, model_lora_a_hash
+from kore_fast.modules.adapter import load_kore_model, lora_layers, model_lora_a_hash
 
 RANK = 8
 
@@ -75,6 +75,48 @@ def test_rank_above_a_width_is_refused_before_any_solve(
     with pytest.raises(ConstraintError, match="rank=0"):
         KoreConfig(rank=0)
     assert not lora_layers(tiny_model)
+
+
+@pytest.mark.parametrize("choice", [{"energy": 1e-3, "lowest": 2}, {"parameters": 6000}])
+def test_ranks_by_spectrum(
+    tiny_model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    store: CovarianceStore,
+    tmp_path: Path,
+    choice: dict[str, float],
+) -> None:
+    before = logits(tiny_model, batch)
+    model = get_kore_model(copy.deepcopy(tiny_model), KoreConfig(rank=choice), store)
+    assert torch.equal(logits(model, batch), before)
+    ranks = {name: len(layer.lora_A["default"].weight) for name, layer in lora_layers(model).items()}
+    assert len(set(ranks.values())) > 1
+    for name, layer in lora_layers(model).items():
+        assert layer.scaling["default"] == 1
+        values = torch.linalg.eigvalsh(store.covariance(name)).clamp(min=0)
+        tail = float(values[: ranks[name]].sum() / values.sum())
+        if "energy" in choice:
+            widest = min(layer.get_base_layer().weight.shape)
+            assert tail <= 1e-3 or ranks[name] == 2
+            assert ranks[name] == widest or float(values[: ranks[name] + 1].sum() / values.sum()) > 1e-3
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if "parameters" in choice:
+        largest = max(layer.get_base_layer().weight.shape[0] for layer in lora_layers(model).values())
+        assert 6000 - largest < trained <= 6000
+    assert model.kore["rank"] == choice
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B["default"].weight.normal_()
+    model.save_pretrained(str(tmp_path))
+    again = load_kore_model(copy.deepcopy(tiny_model), tmp_path)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert not torch.equal(logits(again, batch), before)
+
+
+def test_ranks_by_spectrum_are_chosen_before_kore_factors(tiny_model: nn.Module, store: CovarianceStore) -> None:
+    with pytest.raises(ConstraintError, match="layer_ranks"):
+        kore_factors(tiny_model, KoreConfig(rank={"energy": 1e-3}), store)
+    with pytest.raises(ConstraintError, match="unknown key 'energie'; did you mean 'energy'"):
+        KoreConfig(rank={"energie": 1e-3})
 
 
 def test_store_of_another_model_is_refused(tiny_model: nn.Module, store: CovarianceStore) -> None:
