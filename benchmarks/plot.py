@@ -47,11 +47,11 @@ def draw(path: Path) -> Path | None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=0.8)
     note = "; hatched: a wrong result" if any(row.get("failed") for row in rows) else ""
-    axes.set_xlabel(f"time as a multiple of ours (right of 1: slower than ours{note})")
+    axes.set_xlabel(f"time as a multiple of ours{note}")
     axes.set_title(
         f"{path.stem} on {rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['threads']} threads", fontsize=10
     )
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     return picture

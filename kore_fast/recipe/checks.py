@@ -55,8 +55,9 @@ def _check_ranks(recipe: Recipe) -> None:
     shapes = {name: model.get_submodule(name).weight.shape for name in select_linears(model, recipe.targets)}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
     for name, method in recipe.methods.items():
-        if method.rank is not None and method.rank > min(shapes[narrowest]):
+        lowest = int(method.rank.get("lowest", 1)) if isinstance(method.rank, dict) else method.rank
+        if lowest is not None and lowest > min(shapes[narrowest]):
             raise ConstraintError(
-                f"method {name!r}: rank {method.rank} is larger than the width of {narrowest} "
+                f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "
                 f"{tuple(shapes[narrowest])}; choose at most {min(shapes[narrowest])}"
             )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from kore_fast.augmentation import AugmentationOptions
 from kore_fast.errors import ConstraintError, RecipeError
@@ -43,6 +43,22 @@ def _number(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Number, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _rank(value: Any) -> int | dict[str, Any] | None:
+    from kore_fast.constraint.ranks import FixedRank, parse_rank_choice
+
+    if value is None:
+        return None
+    try:
+        choice = parse_rank_choice(value)
+    except ConstraintError as error:
+        raise ValueError(str(error)) from None
+    return choice.rank if isinstance(choice, FixedRank) else dict(value)
+
+
+Rank = Annotated[int | dict[str, Any] | None, PlainValidator(_rank)]
+"""A number, or by spectrum ``{energy: 1e-4}`` or ``{parameters: 8000000}``, see `KoreConfig`."""
 
 
 class Section(BaseModel):
@@ -102,7 +118,7 @@ class Method(Section):
 
     kind: Literal["lora", "kore", "full"]
     learning_rate: Positive
-    rank: Count | None = None
+    rank: Rank = None
     alpha: Positive | None = None
     """LoRA only; default the rank, a scaling of 1."""
     freeze_a: bool | None = None
@@ -138,6 +154,8 @@ class Method(Section):
                 raise ValueError(f"{given[0]!r} means nothing for full fine-tuning; leave it out")
         elif self.rank is None:
             raise ValueError(f"kind {self.kind!r} needs a rank")
+        if self.kind == "lora" and isinstance(self.rank, dict):
+            raise ValueError("a rank by spectrum is KORE's; LoRA takes a number")
         if self.kind == "kore" and self.alpha is not None:
             raise ValueError("alpha is LoRA's; KORE's scaling is 1")
         if self.kind == "kore" or self.frozen_a:

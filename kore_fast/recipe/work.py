@@ -132,7 +132,7 @@ def _lora_start(recipe: Recipe, method: Method, model: nn.Module) -> PeftModel:
     from kore_fast.constraint.selection import select_linears, target_pattern
     from kore_fast.modules.adapter import as_kore_model, model_lora_a_hash
 
-    assert method.rank is not None
+    assert isinstance(method.rank, int)
     names = select_linears(model, recipe.targets)
     config = LoraConfig(
         r=method.rank,

@@ -250,13 +250,14 @@ def test_a_changed_picture_is_a_changed_input(tmp_path: Path, finished: Path, kn
     }
 
 
-@pytest.mark.parametrize("method", ["full", "frozen", "raw", "projector"])
+@pytest.mark.parametrize("method", ["full", "frozen", "raw", "projector", "by_layer"])
 def test_other_kinds_of_method(finished: Path, tmp_path: Path, method: str) -> None:
     options = {
         "full": "{kind: full, learning_rate: 1e-3}",
         "frozen": "{kind: lora, rank: 4, learning_rate: 1e-3, freeze_a: true}",
         "raw": "{kind: kore, rank: 4, learning_rate: 1e-3, freeze_a: false, samples: knowledge}",
         "projector": "{kind: kore, rank: 4, learning_rate: 1e-3, projector_learning_rate: 1e-4}",
+        "by_layer": "{kind: kore, rank: {parameters: 5000, highest: 12}, learning_rate: 1e-3}",
     }[method]
     for done in ("augment", "covariance"):
         shutil.copytree(finished / "run" / done, tmp_path / "run" / done)
@@ -280,7 +281,16 @@ def test_other_kinds_of_method(finished: Path, tmp_path: Path, method: str) -> N
             for folder in (tmp_path / "run" / "init" / method, made / "adapter")
         )
         changed = {key.split(".")[-2] for key in start if not torch.equal(start[key], end[key])}
-        wanted = {"frozen": {"lora_B"}, "raw": {"lora_A", "lora_B"}, "projector": {"lora_B", "linear_1", "linear_2"}}
+        if method == "by_layer":
+            trained = [value for key, value in end.items() if "lora_B" in key]
+            assert len({value.shape[1] for value in trained}) > 1
+            assert 4900 < sum(value.numel() for value in trained) <= 5000
+        wanted = {
+            "by_layer": {"lora_B"},
+            "frozen": {"lora_B"},
+            "raw": {"lora_A", "lora_B"},
+            "projector": {"lora_B", "linear_1", "linear_2"},
+        }
         assert changed == wanted[method]
 
 
