@@ -17,8 +17,8 @@ from kore_fast.ops.reference import nullspace as reference
 logger = logging.getLogger(__name__)
 
 Method = Literal["auto", "reference", "truncated"]
-# Below, or where more than a fifth of all directions are wanted, a full decomposition is as fast.
-_LEAST_WIDTH, _LARGEST_SHARE = 768, 0.2
+# Below, or where more than an eighth of all directions are wanted, a full decomposition is as fast.
+_LEAST_WIDTH, _LARGEST_SHARE = 768, 0.125
 _ASYMMETRY = 1e-6
 # A proof is tried once the leak should fall by no more than this share of the tolerance.
 _PROMISING = 0.15
@@ -154,10 +154,12 @@ def _truncated(
         leaks.append(float(space.values()[:rank].sum()))
         if space.columns < rank + oversample:
             continue
-        room = room_below(leaks[-1], tolerance, rank, rounding)
-        if room <= 0:
+        if leaks[-1] <= 4 * rank * rounding:
             reason = f"a null space to working precision, {space.columns} columns"
             return _space(C, space.low_end(rank), 0.0, reason)
+        room = room_below(leaks[-1], tolerance, rank, rounding)
+        if room <= 0:
+            raise ArithmeticError(f"a leak of {leaks[-1]:.3g} within {tolerance:g} is finer than float64 can prove")
         if _still_to_fall(leaks) > _PROMISING * tolerance * leaks[-1]:
             continue
         low = space.low_end(rank)

@@ -156,6 +156,15 @@ def test_a_tighter_tolerance_is_kept() -> None:
     assert float(loose.bound) <= least
 
 
+def test_what_float64_cannot_prove_is_decomposed_in_full() -> None:
+    """A leak above rounding, a tolerance below it: not to be taken for a null space."""
+    C, values = made_of("massive directions", 600, 40)
+    space = nullspace(C, 40, method="truncated", tolerance=1e-7)
+    assert space.method == "reference"
+    assert "finer than float64 can prove" in space.reason
+    assert float(space.leak) == pytest.approx(float(values[:40].sum()), rel=1e-6)
+
+
 def test_fewer_tokens_than_dimensions_leave_a_true_null_space() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 800, dtype=torch.float64, generator=generator)
