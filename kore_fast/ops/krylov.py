@@ -141,7 +141,7 @@ def krylov_spaces(C: torch.Tensor, rank: int, generator: torch.Generator) -> Ite
         raise ArithmeticError("C has no Cholesky factor: it is not positive semi-definite to working precision")
     space = KrylovSpace(C)
     space.fresh = True
-    while space.columns + block <= max(d // 2, 2 * rank):
+    while space.columns + block <= min(d, max(d // 2, 2 * rank)):
         if space.fresh:
             space.fresh = False
             start = torch.randn(d, block, generator=generator, dtype=C.dtype, device=C.device)

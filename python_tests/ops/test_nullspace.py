@@ -147,6 +147,15 @@ def test_the_truncated_path_is_within_its_proof(kind: str) -> None:
     assert 0.9 * float(values[-1]) <= float(space.largest) <= (1 + 1e-12) * float(values[-1])
 
 
+@pytest.mark.parametrize("rank", [1, 3, 16, 200, 399, 400])
+def test_any_rank_may_be_asked_for(rank: int) -> None:
+    C, values = made_of("massive directions", 400, 40)
+    space = nullspace(C, rank, method="truncated")
+    assert space.basis.shape == (400, rank)
+    assert float(space.leak) <= 1.02 * float(values[:rank].sum())
+    assert float(space.bound) <= (1 + 1e-9) * float(values[:rank].sum())
+
+
 def test_a_tighter_tolerance_is_kept() -> None:
     C, values = made_of("power law", 600, 40)
     least = float(values[:40].sum())
