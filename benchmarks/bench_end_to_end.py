@@ -17,7 +17,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from benchmarks.bench_nullspace import paper
+from benchmarks.bench_nullspace import SPECTRA, paper, reflected
 
 GPU = torch.cuda.is_available()
 LLAVA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -103,15 +103,8 @@ def bench_all_problems(
     rank = 235 if model.startswith("LLaVA") else 274
     total = 0.0
     for d, times in problems.items():
-        # A random basis of so many directions takes longer than the solve: a few reflections mix as well for this.
-        values = torch.cat([torch.tensor([1.0, 0.3, 0.1]), torch.logspace(-2, -8, d - 3)]).double().to(device)
-        C = torch.diag(values)
-        for seed in range(4):
-            v = torch.randn(d, generator=torch.Generator(device).manual_seed(seed), dtype=C.dtype, device=device)
-            v /= v.norm()
-            Cv = C @ v
-            C = C - 2 * torch.outer(v, Cv) - 2 * torch.outer(Cv, v) + 4 * (v @ Cv) * torch.outer(v, v)
-        C = (C + C.mT) / 2
+        values = SPECTRA["massive directions"](d).double().to(device)
+        C = reflected(values)
         nullspace(C, rank)
         for _ in range(3):
             taken, space = seconds(partial(nullspace, C, rank))

@@ -21,22 +21,35 @@ from kore_fast.ops import nullspace
 
 GPU = torch.cuda.is_available()
 QUICKSTART = Path(__file__).resolve().parents[1] / "runs" / "quickstart" / "covariance"
-SPECTRA: dict[str, Callable[[int, int], torch.Tensor]] = {
-    "power law": lambda d, r: torch.arange(1, d + 1) ** -1.5,
-    "flat power law": lambda d, r: torch.arange(1, d + 1) ** -0.8,
-    "massive directions": lambda d, r: torch.cat([torch.tensor([1.0, 0.3, 0.1]), torch.logspace(-2, -8, d - 3)]),
-    "clustered tail": lambda d, r: torch.cat([torch.logspace(0, -3, d // 2), torch.full((d - d // 2,), 1e-4)]),
-    "rank-deficient": lambda d, r: torch.cat([torch.logspace(0, -6, d // 2), torch.zeros(d - d // 2)]),
+SPECTRA: dict[str, Callable[[int], torch.Tensor]] = {
+    "power law": lambda d: torch.arange(1, d + 1) ** -1.5,
+    "flat power law": lambda d: torch.arange(1, d + 1) ** -0.8,
+    "massive directions": lambda d: torch.cat([torch.tensor([1.0, 0.3, 0.1]), torch.logspace(-2, -8, d - 3)]),
+    "clustered tail": lambda d: torch.cat([torch.logspace(0, -3, d // 2), torch.full((d - d // 2,), 1e-4)]),
+    "rank-deficient": lambda d: torch.cat([torch.logspace(0, -6, d // 2), torch.zeros(d - d // 2)]),
 }
 
 
 def covariance(spectrum: str, d: int, rank: int, device: torch.device) -> tuple[torch.Tensor, float]:
     """C (d, d) float64 and the least energy that ``rank`` directions can carry."""
-    values = SPECTRA[spectrum](d, rank).double().to(device)
+    values = SPECTRA[spectrum](d).double().to(device)
     generator = torch.Generator(device).manual_seed(0)
     Q = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64, device=device))[0]
     C = (Q * values) @ Q.T
     return (C + C.T) / 2, float(values.sort().values[:rank].sum())
+
+
+def reflected(values: torch.Tensor) -> torch.Tensor:
+    """C (d, d) with these eigenvalues, turned by three reflections: a random basis of a wide C takes minutes."""
+    C = torch.diag(values)
+    generator = torch.Generator(values.device).manual_seed(0)
+    for _ in range(3):  # C ← H C H with H = I − 2 v vᵀ, in place
+        v = torch.randn(len(values), generator=generator, dtype=C.dtype, device=C.device)
+        v /= v.norm()
+        Cv = C @ v
+        w = Cv - (v @ Cv) * v
+        C.addr_(v, w, alpha=-2).addr_(w, v, alpha=-2)
+    return C
 
 
 def truncated(C: torch.Tensor, rank: int) -> torch.Tensor:
@@ -118,15 +131,8 @@ def bench_llava(benchmark: BenchmarkFixture, compare: Any, device: torch.device,
 def bench_wide(benchmark: BenchmarkFixture, record: Any, device: torch.device) -> None:
     """The widest input of LLaVA-v1.5-7B, once each: a full decomposition takes minutes on a CPU. Memory is C's d²."""
     d, rank = 11008, 235
-    values = SPECTRA["massive directions"](d, rank).double().to(device)
-    C = torch.diag(values)
-    generator = torch.Generator(device).manual_seed(0)
-    for _ in range(3):  # C ← H C H with H = I − 2 v vᵀ, in place
-        v = torch.randn(d, generator=generator, dtype=C.dtype, device=device)
-        v /= v.norm()
-        Cv = C @ v
-        w = Cv - (v @ Cv) * v
-        C.addr_(v, w, alpha=-2).addr_(w, v, alpha=-2)
+    values = SPECTRA["massive directions"](d).double().to(device)
+    C = reflected(values)
     least = float(values.sort().values[:rank].sum())
     before, taken = peak_bytes(), {}
     for name, provider in {"ours": truncated, "eigh float64": eigh_float64}.items():

@@ -297,8 +297,7 @@ class _Run:
     def _space(self, solve: Solve) -> tuple[torch.Tensor, NullSpace]:
         device = self.weights[next(iter(solve.ranks))].device
         C = self.store.covariance(solve.group, self.config.source_weights).to(device)
-        space = nullspace(C, max(solve.ranks.values()), method=self.config.method)
-        return C, replace(space, basis=space.basis.to(torch.float64))
+        return C, nullspace(C, max(solve.ranks.values()), method=self.config.method)
 
     def _product(self, name: str, solve: Solve, space: NullSpace, weight: torch.Tensor | None = None) -> torch.Tensor:
         """W0·Û (d_out, r)."""
@@ -343,9 +342,16 @@ class _Run:
 
 
 def _first(space: NullSpace, rank: int, C: torch.Tensor) -> NullSpace:
-    """The bottom-``rank`` space inside a larger one."""
+    """The bottom-``rank`` space inside a larger one; what was proved of that says nothing of this."""
     if rank == space.basis.shape[-1]:
         return space
     values, trace = space.eigenvalues[:rank], C.diagonal().sum()
     energy = torch.where(trace > 0, values.sum() / trace, torch.zeros_like(trace))
-    return replace(space, basis=space.basis[:, :rank], eigenvalues=values, energy=energy)
+    return replace(
+        space,
+        basis=space.basis[:, :rank],
+        eigenvalues=values,
+        leak=values.sum(),
+        bound=torch.zeros_like(space.bound),
+        energy=energy,
+    )

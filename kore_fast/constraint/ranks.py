@@ -25,6 +25,11 @@ class FixedRank:
         if self.rank < 1:
             raise ConstraintError(f"rank={self.rank}: want at least 1")
 
+    @property
+    def lowest(self) -> int:
+        """The least rank of a layer."""
+        return self.rank
+
 
 @dataclass(frozen=True)
 class EnergyRank:
@@ -77,7 +82,7 @@ def choose_ranks(
         ConstraintError: a rank larger than a layer's width, a budget below the lowest ranks, a layer without a spectrum
             or with one of another width; names the layer.
     """
-    lowest = choice.rank if isinstance(choice, FixedRank) else choice.lowest
+    lowest = choice.lowest
     for layer, (d_out, d_in) in shapes.items():
         if lowest > min(d_out, d_in):
             raise ConstraintError(

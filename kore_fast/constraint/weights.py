@@ -113,12 +113,3 @@ class LayerWeight:
 def _is_plain(weight: torch.Tensor) -> bool:
     """Whether the numbers mean themselves; 8-bit floats come with scales of their own."""
     return weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
-
-
-def weight_of(module: nn.Linear, name: str = "layer") -> torch.Tensor:
-    """The (d_out, d_in) weight that ``module`` computes with, dequantised or gathered where needed.
-
-    Raises:
-        ConstraintError: see `LayerWeight`.
-    """
-    return LayerWeight(name, module).read()

@@ -43,6 +43,7 @@ def _check_ranks(recipe: Recipe) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from kore_fast.constraint import select_linears
+    from kore_fast.constraint.ranks import parse_rank_choice
 
     try:
         config = AutoConfig.from_pretrained(recipe.model_path())
@@ -55,7 +56,7 @@ def _check_ranks(recipe: Recipe) -> None:
     shapes = {name: model.get_submodule(name).weight.shape for name in select_linears(model, recipe.targets)}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
     for name, method in recipe.methods.items():
-        lowest = int(method.rank.get("lowest", 1)) if isinstance(method.rank, dict) else method.rank
+        lowest = None if method.rank is None else parse_rank_choice(method.rank).lowest
         if lowest is not None and lowest > min(shapes[narrowest]):
             raise ConstraintError(
                 f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "

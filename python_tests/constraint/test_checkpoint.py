@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from kore_fast.constraint import CovarianceStore, collect_covariance
 from kore_fast.constraint import checkpoint as module
 from kore_fast.errors import ConstraintError, DataError
+from python_tests.constraint.killing import Killed, Killer
 
 LAYERS = ["a", "b", "c", "d"]
 
@@ -59,33 +59,6 @@ def assert_same_bits(found: CovarianceStore, wanted: CovarianceStore) -> None:
     for key, (part,) in wanted.parts.items():
         assert torch.equal(found.parts[key][0].read(), part.read())
         assert torch.equal(found.parts[key][0].count, part.count)
-
-
-class Killed(BaseException):
-    pass
-
-
-class Killer:
-    """Raises instead of the n-th file being renamed or removed, and of all later ones: a process that is gone does
-    neither."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.left = -1
-        # What a kill leaves is in the system's cache: waiting for the disk makes no difference here.
-        monkeypatch.setattr(os, "fsync", lambda _: None)
-        self._guard(monkeypatch, os, "replace")
-        self._guard(monkeypatch, Path, "unlink")
-
-    def _guard(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-        real: Callable[..., Any] = getattr(owner, name)
-
-        def guarded(*given: Any, **named: Any) -> Any:
-            if self.left == 0:
-                raise Killed
-            self.left -= 1
-            return real(*given, **named)
-
-        monkeypatch.setattr(owner, name, guarded)
 
 
 BUDGETS = {

@@ -21,32 +21,9 @@ from torch import nn
 from kore_fast.constraint import CovarianceStore, collect_covariance
 from kore_fast.constraint.distributed import Ranks, bin_packing
 from kore_fast.errors import ConstraintError, StoreError
+from python_tests.constraint.stack import PYTHONPATH, Stack, sharded
 
 Batch = dict[str, torch.Tensor]
-
-
-class Block(nn.Module):
-    def __init__(self, d: int, inner: int) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(d, inner), nn.Linear(d, inner), nn.Linear(inner, d)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.c(self.a(x).relu() * self.b(x))
-
-
-class Stack(nn.Module):
-    """Three blocks, two distinct inputs in each: six sums of widths 12 and 20."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList([Block(12, 20) for _ in range(3)])
-        self.double()
-
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 def make_batches(n: int) -> list[Batch]:
@@ -63,16 +40,6 @@ def make_batches(n: int) -> list[Batch]:
             }
         )
     return made
-
-
-def sharded_model() -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model, mesh = Stack(), init_device_mesh("cpu", (2,))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 SMALL = 4 * 8 * 20 * 20
@@ -123,7 +90,7 @@ def run_scenarios(out: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     torch.set_num_threads(1)
     rank = dist.get_rank()
-    plain, wrapped = Stack(), sharded_model()
+    plain, wrapped = Stack().double(), sharded(Stack().double())
 
     def save(store: CovarianceStore, name: str) -> None:
         store.save(out / f"{name}.{rank}.safetensors")
@@ -163,7 +130,7 @@ def run_scenarios(out: Path) -> None:
         if rank == 1:
             raise OSError("the disk of rank 1 is gone")
 
-    other = Stack()
+    other = Stack().double()
     other.get_submodule(f"layers.{rank}.b").register_forward_pre_hook(lambda _, x: (x[0].clone(),))
     nan = [{"x": torch.full((1, 3, 12), float("nan") if rank else 1.0, dtype=torch.float64)}]
     messages = {
@@ -193,7 +160,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command = [*launcher, "--rdzv-endpoint=localhost:0", __file__, str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return out
@@ -218,14 +185,14 @@ KINDS = pytest.mark.parametrize("kind", ["plain", "fsdp"])
 @KINDS
 @pytest.mark.parametrize(("name", "n"), [("one", 1), ("iterator", 5), ("passes", 5), ("spilled", 5)])
 def test_two_ranks_sum_what_one_process_does(ranks: Path, kind: str, name: str, n: int) -> None:
-    wanted = collect_covariance(Stack(), make_batches(n))
+    wanted = collect_covariance(Stack().double(), make_batches(n))
     for rank in range(2):
         assert_close(opened(ranks, f"{kind}-{name}", rank), wanted)
 
 
 @KINDS
 def test_the_first_rank_has_it_all(ranks: Path, kind: str) -> None:
-    wanted = collect_covariance(Stack(), make_batches(5))
+    wanted = collect_covariance(Stack().double(), make_batches(5))
     assert_close(opened(ranks, f"{kind}-uneven"), wanted)
     assert_close(CovarianceStore.load(ranks / f"{kind}.saved"), wanted)
     share = opened(ranks, f"{kind}-uneven", 1)
@@ -244,11 +211,11 @@ def test_shares_add_up(ranks: Path, kind: str) -> None:
     # Two sums of 20² on one rank; one of 20² and three of 12² on the other.
     assert (len(one.parts), len(other.parts)) == (2, 4)
     assert not set(one.parts) & set(other.parts)
-    assert_close(CovarianceStore.load(folder), collect_covariance(Stack(), make_batches(5)))
+    assert_close(CovarianceStore.load(folder), collect_covariance(Stack().double(), make_batches(5)))
 
 
 def test_a_rank_without_batches(ranks: Path) -> None:
-    wanted = collect_covariance(Stack(), make_batches(3))
+    wanted = collect_covariance(Stack().double(), make_batches(3))
     for rank in range(2):
         assert_close(opened(ranks, "plain-none", rank), wanted)
 
@@ -295,17 +262,17 @@ def test_bin_packing_shares_evenly() -> None:
 
 
 def test_alone_without_a_process_group(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    ranks = Ranks(Stack())
+    ranks = Ranks(Stack().double())
     assert (ranks.rank, ranks.world, ranks.together_in_forward) == (0, 1, False)
     assert not caplog.records
     monkeypatch.setenv("WORLD_SIZE", "2")
-    Ranks(Stack())
+    Ranks(Stack().double())
     assert "torch.distributed is not initialised" in caplog.text
 
 
 def test_gather_is_one_of_three() -> None:
     with pytest.raises(ConstraintError, match="'first', 'all' or 'none'"):
-        collect_covariance(Stack(), make_batches(1), gather="some")  # type: ignore[arg-type]
+        collect_covariance(Stack().double(), make_batches(1), gather="some")  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,37 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-import kore_fast
 from kore_fast.constraint import CovarianceStore, KoreConfig, collect_covariance, get_kore_model, kore_factors
 from kore_fast.constraint import factors as module
 from kore_fast.errors import DataError
+from python_tests.constraint.killing import Killed, Killer
+from python_tests.constraint.stack import PYTHONPATH, Stack
 
-
-class Block(nn.Module):
-    def __init__(self, d: int, inner: int) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(d, inner), nn.Linear(d, inner), nn.Linear(inner, d)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.c(self.a(x).relu() * self.b(x))
-
-
-class Stack(nn.Module):
-    """Three blocks, two distinct inputs in each, of widths 12 and 20."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.layers = nn.ModuleList([Block(12, 20) for _ in range(3)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-# A script does not find the package beside the tests by itself.
-PACKAGE = str(Path(kore_fast.__file__).parents[1])
 CONFIG = KoreConfig(rank=4, source_weights={"one": 1.0})
 WIDE = [f"layers.{n}.c" for n in range(3)]
 
@@ -86,31 +60,6 @@ def assert_same(found: Any, wanted: Any) -> None:
     assert found[1] == wanted[1]
 
 
-class Killed(BaseException):
-    pass
-
-
-class Killer:
-    """Raises instead of the n-th file being renamed or removed, and of all later ones, as a process that is gone."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.left = -1
-        monkeypatch.setattr(os, "fsync", lambda _: None)
-        self._guard(monkeypatch, os, "replace")
-        self._guard(monkeypatch, Path, "unlink")
-
-    def _guard(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-        real: Callable[..., Any] = getattr(owner, name)
-
-        def guarded(*given: Any, **named: Any) -> Any:
-            if self.left == 0:
-                raise Killed
-            self.left -= 1
-            return real(*given, **named)
-
-        monkeypatch.setattr(owner, name, guarded)
-
-
 def test_killed_anywhere_it_goes_on_at_the_next_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
 ) -> None:
@@ -140,7 +89,7 @@ def test_a_real_kill_leaves_the_same_adapter(tmp_path: Path) -> None:
     runs = {"killed": tmp_path / "killed", "whole": tmp_path / "whole"}
 
     def run(name: str, kill_at: str = "") -> Any:
-        environment = {**os.environ, "KILL_AT": kill_at, "OMP_NUM_THREADS": "1", "PYTHONPATH": PACKAGE}
+        environment = {**os.environ, "KILL_AT": kill_at, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
         command = [sys.executable, __file__, str(runs[name])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr[-3000:]

@@ -18,50 +18,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-import kore_fast
 from kore_fast.constraint import CovarianceStore, KoreConfig, collect_covariance, get_kore_model, kore_factors
 from kore_fast.constraint import factors as module
 from kore_fast.modules.adapter import model_lora_a_hash
-
-
-class Block(nn.Module):
-    def __init__(self, d: int, inner: int) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(d, inner), nn.Linear(d, inner), nn.Linear(inner, d)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.c(self.a(x).relu() * self.b(x))
-
-
-class Stack(nn.Module):
-    """Three blocks, two distinct inputs in each, of widths 12 and 20."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList([Block(12, 20) for _ in range(3)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def sharded_model() -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model, mesh = Stack(), init_device_mesh("cpu", (2,))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
+from python_tests.constraint.stack import PYTHONPATH, Stack, sharded
 
 CONFIG = KoreConfig(rank=4)
 RANKS = {f"layers.{n}.{name}": 3 + n for n in range(3) for name in "abc"}
-PACKAGE = str(Path(kore_fast.__file__).parents[1])
 
 
 def make_store() -> CovarianceStore:
@@ -100,7 +64,7 @@ def run_scenarios(out: Path) -> None:
     store = CovarianceStore.load(out / "store.safetensors")
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     rank = dist.get_rank()
-    plain, wrapped = Stack(), sharded_model()
+    plain, wrapped = Stack(), sharded(Stack())
     notes: dict[str, Any] = {}
 
     def message(run: Callable[[], Any]) -> str:
@@ -165,7 +129,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_store().save(out / "store.safetensors")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command = [*launcher, "--rdzv-endpoint=localhost:0", __file__, str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PACKAGE}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return out

@@ -17,11 +17,15 @@ from torch import nn
 
 from kore_fast.constraint import KoreConfig, collect_covariance, get_kore_model, kore_factors
 from kore_fast.constraint.factors import nullspace_factors
-from kore_fast.constraint.weights import LayerWeight, weight_of
+from kore_fast.constraint.weights import LayerWeight
 from kore_fast.errors import ConstraintError
 
 BLOCK = 8
 CODE = torch.linspace(-1, 1, 16)
+
+
+def weight_of(layer: nn.Linear) -> torch.Tensor:
+    return LayerWeight("layer", layer).read()
 
 
 @dataclass
