@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kore_fast, library) {
   // The same, but arguments that need checks or preparation in Python change nothing and give False.
   library.def(
       "covariance_update_if_ready_(Tensor(a!) C, Tensor(b!) count, Tensor x, Tensor? mask, Tensor? scale) -> bool");
+  // L⁻¹ V (n, columns), or L⁻ᵀ V; of L (n, n) the lower triangle is read.
+  library.def("solve_triangular_native(Tensor L, Tensor V, bool transposed) -> Tensor");
 }
 
 PYBIND11_MODULE(_native, module) {

@@ -13,12 +13,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "common/cpu_capability.h"
+#include "common/memory.h"
 
 namespace kore_fast {
 namespace {
@@ -28,17 +27,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kChunkBytes = 32 << 20;  // packed tokens, in the last-level cache or near it
 constexpr int64_t kTileColumns = 192;      // a tile's float64 sums take 288 KiB: they stay in the second-level cache
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<void, Free>;
-
-Memory aligned(size_t bytes) {
-  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  STD_TORCH_CHECK(memory != nullptr, "covariance_update_: no memory for ", bytes, " bytes of packed tokens");
-  return Memory(memory);
-}
 
 const CovarianceKernel& kernel_for(Type type, bool weighted) {
   const CovarianceKernels* set = &covariance_generic;
@@ -129,7 +117,7 @@ void accumulate(const CovarianceKernel& kernel, T* C, int64_t ld, const void* x,
   const int64_t token_bytes = panel * static_cast<int64_t>(kernel.element);
   const int64_t most = std::max(kernel.depth, kChunkBytes / (panels * token_bytes) / kernel.depth * kernel.depth);
   const int64_t chunk = std::min(most, (tokens + kernel.grain - 1) / kernel.grain * kernel.grain);
-  const Memory packed = aligned(static_cast<size_t>(panels * chunk * token_bytes));
+  const Memory packed = aligned("covariance_update_", static_cast<size_t>(panels * chunk * token_bytes));
   char* const base = static_cast<char*>(packed.get());
 
   int64_t side = std::max<int64_t>(1, kTileColumns / panel);
@@ -148,7 +136,7 @@ void accumulate(const CovarianceKernel& kernel, T* C, int64_t ld, const void* x,
     });
     const int64_t grain = std::max<int64_t>(1, 262144 / (side * side * panel * panel * now));
     torch::stable::parallel_for(0, tiles_of(side), grain, [&](int64_t begin, int64_t end) {
-      const Memory tile = aligned(static_cast<size_t>(side * side * panel * panel) * sizeof(double));
+      const Memory tile = aligned("covariance_update_", static_cast<size_t>(side * side * panel * panel) * sizeof(double));
       double* const sums = static_cast<double*>(tile.get());
       for (int64_t id = begin; id < end; ++id) {
         // Tiles of the lower triangle, row by row: id = row (row + 1) / 2 + column.

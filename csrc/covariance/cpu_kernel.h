@@ -8,17 +8,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/vector.h"
 #include "covariance/cpu.h"
 
 namespace kore_fast {
 namespace {  // each instruction set gets its own copy: the linker must not merge them
 
 constexpr int kDepth = 128;
-
-template <typename T, int BYTES>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
-};
 
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }

@@ -1,11 +1,11 @@
-"""Cholesky factorisation and solves of large symmetric matrices; on a CPU the covariance kernel does the updates."""
+"""Cholesky factorisation and solves of large symmetric matrices; on a CPU by the kernels of csrc/."""
 
 from __future__ import annotations
 
 import torch
 
 from kore_fast.ops.covariance import NONFINITE, covariance_update_, new_count
-from kore_fast.ops.native.library import unavailable
+from kore_fast.ops.native import cholesky as native
 
 # Columns a step: its update is a covariance of so many tokens, long enough for the kernel's full speed.
 _BLOCK = 256
@@ -20,7 +20,7 @@ def factorize_(A: torch.Tensor) -> torch.Tensor | None:
     Returns:
         L or −L (both give the same solutions), undefined above the diagonal; None where A is not positive definite.
     """
-    if A.device.type != "cpu" or len(A) <= 2 * _BLOCK or unavailable(A.device) is not None:
+    if len(A) <= 2 * _BLOCK or not _compiled(A):
         L, failed = torch.linalg.cholesky_ex(A)
         return None if int(failed) != 0 else L
     N = A.neg_()
@@ -32,14 +32,20 @@ def factorize_(A: torch.Tensor) -> torch.Tensor | None:
             return None
         N[start:end, start:end] = -L
         if end < len(N):
-            panel = torch.linalg.solve_triangular(L.mT, N[end:, start:end], upper=True, left=False)
-            N[end:, start:end] = panel
-            covariance_update_(N[end:, end:], count, panel.mT)
+            panel = native.solve_triangular(L, N[end:, start:end].mT)
+            N[end:, start:end] = panel.mT
+            covariance_update_(N[end:, end:], count, panel)
     # The kernel leaves rows out that are not finite: then this is no factor.
     return None if float(count[NONFINITE]) else N
 
 
 def solve(L: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """A⁻¹ V (d, b) from the factor of A."""
+    """A⁻¹ V (d, b) from the factor of A (`factorize_`)."""
+    if _compiled(L):
+        return native.solve_triangular(L, native.solve_triangular(L, V), transposed=True)
     half = torch.linalg.solve_triangular(L, V, upper=False)
     return torch.linalg.solve_triangular(L.mT, half, upper=True)
+
+
+def _compiled(A: torch.Tensor) -> bool:
+    return A.device.type == "cpu" and native.unavailable(A.device) is None
