@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kore_fast, library) {
       "covariance_update_if_ready_(Tensor(a!) C, Tensor(b!) count, Tensor x, Tensor? mask, Tensor? scale) -> bool");
   // L⁻¹ V (n, columns), or L⁻ᵀ V; of L (n, n) the lower triangle is read.
   library.def("solve_triangular_native(Tensor L, Tensor V, bool transposed) -> Tensor");
+  // A B, or X −= A B, in float64.
+  library.def("product_native(Tensor A, Tensor B) -> Tensor");
+  library.def("subtract_product_native_(Tensor(a!) X, Tensor A, Tensor B) -> ()");
 }
 
 PYBIND11_MODULE(_native, module) {

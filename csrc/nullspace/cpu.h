@@ -1,13 +1,13 @@
-// What the driver (cpu.cpp) asks of an instruction set (cpu_<set>.cpp).
+// What the drivers (solve_cpu.cpp, product_cpu.cpp) ask of an instruction set (cpu_<set>.cpp).
 #pragma once
 
 #include <cstdint>
 
 namespace kore_fast {
 
-// Right-hand sides lie in panels, (rows, panel) row-major; of the matrix, strips of `strip` rows are packed as
+// The right side lies in panels, (depth, panel) row-major; of the left, strips of `strip` rows are packed as
 // (depth, strip), so that both are read one after the other.
-struct TriangularKernel {
+struct PanelKernel {
   int64_t panel;
   int64_t strip;
   // x (strip, panel) −= aᵀ b for a strip a (depth, strip) and b (depth, panel); only the first `columns` of each row.
@@ -16,10 +16,10 @@ struct TriangularKernel {
   void (*substitute)(const double* a, int64_t columns, double* x);
 };
 
-extern const TriangularKernel triangular_generic;
+extern const PanelKernel panels_generic;
 #if defined(KORE_FAST_X86)
-extern const TriangularKernel triangular_avx2;
-extern const TriangularKernel triangular_avx512;
+extern const PanelKernel panels_avx2;
+extern const PanelKernel panels_avx512;
 #endif
 
 }  // namespace kore_fast

@@ -2,5 +2,5 @@
 #include "nullspace/cpu_kernel.h"
 
 namespace kore_fast {
-extern const TriangularKernel triangular_avx2 = triangular<32, 4>();
+extern const PanelKernel panels_avx2 = panels<32, 4>();
 }  // namespace kore_fast

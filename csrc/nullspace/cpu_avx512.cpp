@@ -2,5 +2,5 @@
 #include "nullspace/cpu_kernel.h"
 
 namespace kore_fast {
-extern const TriangularKernel triangular_avx512 = triangular<64, 8>();
+extern const PanelKernel panels_avx512 = panels<64, 8>();
 }  // namespace kore_fast

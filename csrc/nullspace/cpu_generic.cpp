@@ -2,5 +2,5 @@
 #include "nullspace/cpu_kernel.h"
 
 namespace kore_fast {
-extern const TriangularKernel triangular_generic = triangular<16, 4>();
+extern const PanelKernel panels_generic = panels<16, 4>();
 }  // namespace kore_fast

@@ -1,4 +1,4 @@
-// The arithmetic of triangular solves on a CPU, written once with vector types and compiled once per instruction set.
+// The arithmetic of float64 products and triangular solves on a CPU, written once with vector types and compiled once per instruction set.
 // As for covariances: a panel is three vectors wide, a strip's products with it stay in registers.
 #pragma once
 
@@ -63,7 +63,7 @@ void substitute(const double* a, int64_t columns, double* x) {
 }
 
 template <int BYTES, int STRIP>
-constexpr TriangularKernel triangular() {
+constexpr PanelKernel panels() {
   return {3 * (BYTES / static_cast<int64_t>(sizeof(double))), STRIP, subtract<BYTES, STRIP>, substitute<BYTES, STRIP>};
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kore_fast.ops.cholesky import factorize_
+from kore_fast.ops.dense import factorize_
 from kore_fast.ops.covariance import covariance_update_, new_count
 
 EPS = torch.finfo(torch.float64).eps

@@ -2,7 +2,7 @@
 
 Inverting C turns its low end into its high end. A shift just below the smallest eigenvalue spreads it: where the low
 eigenvalues differ by a tenth, 2 to 3 columns a direction reach what takes 6 to 8 without. The shift needs the smallest
-eigenvalue, which the first blocks give, and a second factorisation, whose success proves that the shift is below it.
+eigenvalue, which the first two blocks give, and a second factorisation, whose success proves that the shift is below it.
 
 Sources: block Krylov methods for low-rank approximation, Musco and Musco, arXiv 1504.05477; rational Krylov with full
 reorthogonalisation, Ruhe 1984.
@@ -16,16 +16,14 @@ from typing import NamedTuple
 import torch
 
 from kore_fast.ops.certificate import EPS, slack
-from kore_fast.ops.cholesky import factorize_, solve
+from kore_fast.ops.dense import factorize_, product, solve, solve_lower, subtract_product_
 from kore_fast.ops.covariance import covariance_update_, finalize, new_count
 
-# Blocks before the shift is chosen: their smallest Ritz value is a few hundredths above the smallest eigenvalue.
-_FIRST_BLOCKS = 3
 # Where so little of a vector is new, its product with C is computed afresh.
 _CANCELLED = 1e-3
-# How far below that Ritz value the shift is tried first.
-_SHIFT = 0.93
-# Where the first third of the low eigenvalues span more than this factor, a shift gains less than it costs.
+# How far below the estimate of the smallest eigenvalue the shift is tried first.
+_SHIFT = 0.95
+# Where the lowest third of the first Ritz values span more than this factor, a shift gains less than it costs.
 _FLAT = 1.3
 
 
@@ -69,11 +67,11 @@ class KrylovSpace:
         new = 1.0
         for _ in range(2):
             if self.columns:
-                rows = rows.addmm(rows[:, : self._d] @ old[:, : self._d].mT, old, alpha=-1)
+                subtract_product_(rows, product(rows[:, : self._d], old[:, : self._d].mT), old)
             rows, least = self._cholesky_qr(rows)
             new *= least
         if new < _CANCELLED:
-            rows[:, self._d :] = rows[:, : self._d] @ self._C
+            rows[:, self._d :] = product(self._C, rows[:, : self._d].mT).mT
         end = self.columns + len(rows)
         if end > len(self._rows):
             larger = rows.new_empty(2 * end, 2 * self._d)
@@ -98,7 +96,7 @@ class KrylovSpace:
         if int(failed) != 0 or least < 1e-7:
             Q = torch.linalg.qr(rows[:, : self._d].mT)[0]  # the products are made anew
             return torch.cat([Q.mT, torch.zeros_like(Q.mT)], 1), 0.0
-        return torch.linalg.solve_triangular(L, rows, upper=False), least * float(norms.min())
+        return solve_lower(L, rows), least * float(norms.min())
 
     def _project(self) -> torch.Tensor:
         """Qᵀ C Q, whose rows for new vectors are computed all at once."""
@@ -106,7 +104,7 @@ class KrylovSpace:
         if done < self.columns:
             grown = self._projected.new_empty(self.columns, self.columns)
             grown[:done, :done] = self._projected
-            grown[done:] = self._rows[done : self.columns, self._d :] @ self._rows[: self.columns, : self._d].mT
+            grown[done:] = product(self._rows[done : self.columns, self._d :], self._rows[: self.columns, : self._d].mT)
             grown[:done, done:] = grown[done:, :done].mT
             self._projected = grown
         return (self._projected + self._projected.mT) / 2
@@ -119,7 +117,7 @@ class KrylovSpace:
         """The Ritz vectors of the ``rank`` smallest."""
         values, turned = torch.linalg.eigh(self._project())
         values, turned = values[:rank], turned[:, :rank]
-        rows = turned.mT @ self._rows[: self.columns]
+        rows = product(turned.mT, self._rows[: self.columns])
         basis = rows[:, : self._d].mT
         residuals = torch.linalg.vector_norm(rows[:, self._d :].mT - basis * values, dim=0)
         return LowEnd(basis, values, residuals)
@@ -141,17 +139,21 @@ def krylov_spaces(C: torch.Tensor, rank: int, generator: torch.Generator) -> Ite
         raise ArithmeticError("C has no Cholesky factor: it is not positive semi-definite to working precision")
     space = KrylovSpace(C)
     space.fresh = True
+    smallest: list[float] = []
     while space.columns + block <= min(d, max(d // 2, 2 * rank)):
         if space.fresh:
             space.fresh = False
             start = torch.randn(d, block, generator=generator, dtype=C.dtype, device=C.device)
         start = space.append(*inverse(start))
-        if space.columns == _FIRST_BLOCKS * block:
+        if len(smallest) < 2:
             values = space.values()
+            smallest.append(float(values[0]))
             if float(values[-1]) <= slack(C):
                 space.fresh = True  # a true null space: fresh directions find more of it than the iteration does
-            elif (shifted := _shifted(C, values)) is not None:
-                inverse, space.shift = shifted, -float(shifted.added[0])
+            elif len(smallest) == 2 and float(values[len(values) // 3]) <= _FLAT * smallest[1]:
+                shifted = _shifted(C, *smallest)
+                if shifted is not None:
+                    inverse, space.shift = shifted, -float(shifted.added[0])
         if space.columns >= rank:
             yield space
 
@@ -183,10 +185,15 @@ class _Inverse:
         return cls.of(C, 4 * len(C) * EPS * (diagonal + diagonal.mean()))
 
 
-def _shifted(C: torch.Tensor, values: torch.Tensor) -> _Inverse | None:
-    """At a shift just below the smallest eigenvalue; None where that gains nothing, or is not found."""
-    smallest = float(values[0])
-    if smallest <= slack(C) or float(values[len(values) // _FIRST_BLOCKS - 1]) > _FLAT * smallest:
+def _shifted(C: torch.Tensor, first: float, second: float) -> _Inverse | None:
+    """At a shift just below the smallest eigenvalue; None where none is found.
+
+    Args:
+        first, second: smallest Ritz values after one block and after two. They approach the eigenvalue about as 1/k²
+            (Saad 1980, for a spectrum without a gap), which leaves a third of their difference to go.
+    """
+    smallest = second - (first - second) / 3
+    if smallest <= slack(C):
         return None
     for power in (1, 2, 3):
         inverse = _Inverse.of(C, C.new_full((len(C),), -smallest * _SHIFT**power))

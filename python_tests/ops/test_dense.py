@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kore_fast.ops.cholesky import factorize_, solve
+from kore_fast.ops.dense import factorize_, solve
 
 
 def definite(d: int, seed: int = 0) -> torch.Tensor:

@@ -6,18 +6,14 @@
 // from all rows that follow (strips of those are a thread's, packed once for all panels). Each sum has its order, so
 // that results do not depend on the number of threads.
 
-#include "nullspace/cpu.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <vector>
 
-#include "common/cpu_capability.h"
 #include "common/memory.h"
+#include "nullspace/packing.h"
 
 namespace kore_fast {
 namespace {
@@ -26,68 +22,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "solve_triangular_native";
-constexpr int64_t kBlock = 256;           // rows solved at once: of a panel they stay in the first-level cache
 constexpr int64_t kWaveBytes = 16 << 20;  // panels that go through L together: in the last-level cache
-constexpr int64_t kStrips = 8;            // of L, packed at once
-
-// Element (i, k) lies at first + i row + k column.
-template <typename T>
-struct View {
-  T* first;
-  int64_t rows, columns, row, column;
-  T* at(int64_t i, int64_t k) const { return first + i * row + k * column; }
-};
-
-const TriangularKernel& kernel() {
-#if defined(KORE_FAST_X86)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512Bf16:
-    case CpuCapability::kAvx512: return triangular_avx512;
-    case CpuCapability::kAvx2: return triangular_avx2;
-    case CpuCapability::kGeneric: break;
-  }
-#endif
-  return triangular_generic;
-}
-
-// Rows of `from` in strips of `into`: out (strips, columns, into). Rows past the last are zero.
-void pack_strips(const View<const double>& from, int64_t into, double* out) {
-  const int64_t size = from.columns * into;  // of a strip
-  if (std::abs(from.row) < std::abs(from.column)) {
-    // Down the columns, through all strips: what lies together is read together.
-    for (int64_t k = 0; k < from.columns; ++k)
-      for (int64_t i = 0; i < from.rows; i += into) {
-        double* const to = out + i / into * size + k * into;
-        const int64_t here = std::min(into, from.rows - i);
-        for (int64_t r = 0; r < here; ++r) to[r] = *from.at(i + r, k);
-        for (int64_t r = here; r < into; ++r) to[r] = 0;
-      }
-    return;
-  }
-  for (int64_t i = 0; i < (from.rows + into - 1) / into * into; ++i) {
-    double* const to = out + i / into * size + i % into;
-    for (int64_t k = 0; k < from.columns; ++k) to[k * into] = i < from.rows ? *from.at(i, k) : 0;
-  }
-}
 
 class Solve {
  public:
   // L (n, n) is lower triangular; V and out (n, columns).
   Solve(const View<const double>& L, const View<const double>& V, const View<double>& out)
-      : L_(L), V_(V), out_(out), kernel_(kernel()), padded_((V.rows + kernel_.strip - 1) / kernel_.strip * kernel_.strip) {}
+      : L_(L), V_(V), out_(out), kernel_(panel_kernel()), padded_(up_to(V.rows, kernel_.strip)) {}
 
   void run() {
     const int64_t panel = kernel_.panel, bytes = padded_ * panel * static_cast<int64_t>(sizeof(double));
     const int64_t panels = (V_.columns + panel - 1) / panel, most = std::max<int64_t>(1, kWaveBytes / bytes);
     const Memory x = aligned(kName, static_cast<size_t>(std::min(panels, most) * bytes));
-    const Memory block = aligned(kName, kBlock * (kBlock + kernel_.strip) * sizeof(double));
+    const Memory block = aligned(kName, kDepth * (kDepth + kernel_.strip) * sizeof(double));
     x_ = static_cast<double*>(x.get());
     block_ = static_cast<double*>(block.get());
     for (first_ = 0; first_ < panels; first_ += most) {
       const int64_t wave = std::min(most, panels - first_);
       each_panel(wave, V_.rows, [&](int64_t p) { pack(p); });
-      for (int64_t start = 0; start < V_.rows; start += kBlock) {
-        const int64_t end = std::min(start + kBlock, padded_);
+      for (int64_t start = 0; start < V_.rows; start += kDepth) {
+        const int64_t end = std::min(start + kDepth, padded_);
         pack_block(start, end);
         each_panel(wave, (end - start) * (end - start), [&](int64_t p) { solve_block(p, start, end); });
         subtract_below(wave, start, end);
@@ -100,8 +54,7 @@ class Solve {
   // Panels of a wave, on as many threads as `work` (a column's operations) is worth.
   template <typename Run>
   void each_panel(int64_t wave, int64_t work, Run run) const {
-    const int64_t few = std::max<int64_t>(1, 65536 / (work * kernel_.panel));
-    torch::stable::parallel_for(0, wave, few, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, wave, worth_a_thread(work * kernel_.panel), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) run(p);
     });
   }
@@ -175,7 +128,7 @@ class Solve {
   const View<const double> L_;
   const View<const double> V_;
   const View<double> out_;
-  const TriangularKernel& kernel_;
+  const PanelKernel& kernel_;
   const int64_t padded_;  // rows of a panel: whole strips
   double* x_ = nullptr;
   double* block_ = nullptr;

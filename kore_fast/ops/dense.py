@@ -1,11 +1,11 @@
-"""Cholesky factorisation and solves of large symmetric matrices; on a CPU by the kernels of csrc/."""
+"""The dense float64 work of a null space: factors, solves, products. On a CPU by the kernels of csrc/, where compiled."""
 
 from __future__ import annotations
 
 import torch
 
 from kore_fast.ops.covariance import NONFINITE, covariance_update_, new_count
-from kore_fast.ops.native import cholesky as native
+from kore_fast.ops.native import nullspace as native
 
 # Columns a step: its update is a covariance of so many tokens, long enough for the kernel's full speed.
 _BLOCK = 256
@@ -45,6 +45,24 @@ def solve(L: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         return native.solve_triangular(L, native.solve_triangular(L, V), transposed=True)
     half = torch.linalg.solve_triangular(L, V, upper=False)
     return torch.linalg.solve_triangular(L.mT, half, upper=True)
+
+
+def solve_lower(L: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """L⁻¹ V (d, b); of L (d, d) the lower triangle is read."""
+    return native.solve_triangular(L, V) if _compiled(L) else torch.linalg.solve_triangular(L, V, upper=False)
+
+
+def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """A B (n, m)."""
+    return native.product(A, B) if _compiled(A) else A @ B
+
+
+def subtract_product_(X: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
+    """X (n, m) −= A B, in place."""
+    if _compiled(A):
+        native.subtract_product_(X, A, B)
+    else:
+        X.addmm_(A, B, alpha=-1)
 
 
 def _compiled(A: torch.Tensor) -> bool:
