@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "common/memory.h"
 #include "nullspace/packing.h"
@@ -59,9 +60,9 @@ void multiply(View<const double> A, View<const double> B, View<double> out, bool
                             x + (p * most + s) * tile);
       }
       const auto put = [&](int64_t r, int64_t c) {
-        double* const to_ = out.at(row + r, c);
-        const double sum = x[c / panel * most * tile + r * panel + c % panel];
-        *to_ = subtract ? *to_ + sum : -sum;
+        const double less = x[c / panel * most * tile + r * panel + c % panel];
+        double* const place = out.at(row + r, c);
+        *place = subtract ? *place + less : -less;
       };
       if (std::abs(out.row) < std::abs(out.column)) {
         for (int64_t c = 0; c < out.columns; ++c)

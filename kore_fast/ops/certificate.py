@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kore_fast.ops.dense import factorize_
 from kore_fast.ops.covariance import covariance_update_, new_count
+from kore_fast.ops.dense import factorize_
 
 EPS = torch.finfo(torch.float64).eps
 

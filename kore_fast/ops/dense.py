@@ -1,4 +1,4 @@
-"""The dense float64 work of a null space: factors, solves, products. On a CPU by the kernels of csrc/, where compiled."""
+"""The dense float64 work of a null space: factors, solves, products; on a CPU by the kernels of csrc/."""
 
 from __future__ import annotations
 

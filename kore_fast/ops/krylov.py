@@ -1,8 +1,8 @@
 """The low end of a spectrum by shift-inverted block Krylov iteration, in plain PyTorch.
 
 Inverting C turns its low end into its high end. A shift just below the smallest eigenvalue spreads it: where the low
-eigenvalues differ by a tenth, 2 to 3 columns a direction reach what takes 6 to 8 without. The shift needs the smallest
-eigenvalue, which the first two blocks give, and a second factorisation, whose success proves that the shift is below it.
+eigenvalues differ by a tenth, 2 to 3 columns a direction reach what takes 6 to 8 without. The first two blocks tell
+where the smallest eigenvalue is; a second factorisation, which the shift needs, proves by its success that it is below.
 
 Sources: block Krylov methods for low-rank approximation, Musco and Musco, arXiv 1504.05477; rational Krylov with full
 reorthogonalisation, Ruhe 1984.
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 
 from kore_fast.ops.certificate import EPS, slack
-from kore_fast.ops.dense import factorize_, product, solve, solve_lower, subtract_product_
 from kore_fast.ops.covariance import covariance_update_, finalize, new_count
+from kore_fast.ops.dense import factorize_, product, solve, solve_lower, subtract_product_
 
 # Where so little of a vector is new, its product with C is computed afresh.
 _CANCELLED = 1e-3
