@@ -56,6 +56,10 @@ def truncated(C: torch.Tensor, rank: int) -> torch.Tensor:
     return nullspace(C, rank, method="truncated").basis
 
 
+def complement(C: torch.Tensor, rank: int) -> torch.Tensor:
+    return nullspace(C, rank, method="complement").basis
+
+
 def eigh_float64(C: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.eigh(C)[1][:, :rank]
 
@@ -113,6 +117,19 @@ def bench_spectra(benchmark: BenchmarkFixture, compare: Any, device: torch.devic
     C, least = covariance(spectrum, d, rank, device)
     variants = {"ours": truncated, "eigh float64": eigh_float64, "eigh float32": eigh_float32}
     variants |= {"svd_lowrank of the inverse": svd_lowrank, "lobpcg": lobpcg}
+    measured(compare, benchmark, C, rank, least, {"spectrum": spectrum, "d": d, "rank": rank}, variants, rounds=3)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("left_out", [64, 192])
+def bench_complement(
+    benchmark: BenchmarkFixture, compare: Any, device: torch.device, spectrum: str, left_out: int
+) -> None:
+    """Nearly all directions: the few that are left out are found."""
+    d = 4096 if GPU else 1536
+    rank = d - left_out
+    C, least = covariance(spectrum, d, rank, device)
+    variants = {"ours": complement, "eigh float64": eigh_float64, "eigh float32": eigh_float32}
     measured(compare, benchmark, C, rank, least, {"spectrum": spectrum, "d": d, "rank": rank}, variants, rounds=3)
 
 

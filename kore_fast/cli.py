@@ -193,6 +193,7 @@ def _env() -> int:
         for backend, reason in describe("covariance", torch.device(device)):
             print(f"covariance    {backend} on {device}: {reason or 'yes'}")
     print("nullspace     truncated (block Krylov, with a proof of its leak) from width 768 on; below float64 eigh")
+    print("              complement (of the largest, where rank is nearly width and only the span counts), likewise")
     return 0
 
 

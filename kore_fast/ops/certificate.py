@@ -4,6 +4,8 @@ The least leak is a semidefinite program, min tr(C X) over 0 ⪯ X ⪯ I, tr X =
 below: for every number γ and every Z ⪰ 0 with C − γ I + Z ⪰ 0, no space of r directions leaks less than r γ − tr Z.
 With Z = Û diag(w) Ûᵀ, w_i = max(γ − θ_i, 0) + δ_i, the bound is Σ min(θ_i, γ) − Σ δ_i: near the leak Σ θ_i as soon as
 γ may be near the largest θ. Whether the matrix is positive semi-definite, a Cholesky factorisation decides.
+
+Nothing here needs C ⪰ 0: for −C the same bounds what k directions carry at most, so what all others leak at least.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from kore_fast.ops.dense import factorize_
 EPS = torch.finfo(torch.float64).eps
 
 
-def slack(C: torch.Tensor) -> float:
-    """By how much a successful Cholesky factorisation of a matrix like ``C`` (d, d) may miss an eigenvalue below zero.
+def slack(C: torch.Tensor, gamma: float = 0.0) -> float:
+    """By how much a successful Cholesky factorisation of C − γ I + Z (d, d) may miss an eigenvalue below zero.
 
-    Its backward error is at most (d + 1) u tr C (Higham, Accuracy and Stability of Numerical Algorithms, theorem 10.3).
+    Its backward error is at most (d + 1) u times the trace (Higham, Accuracy and Stability of Numerical Algorithms,
+    theorem 10.3), which is about tr C at most where C is a covariance, and −d γ where it is the negative of one.
     """
-    return (C.shape[-1] + 1) * EPS * float(C.diagonal().sum())
+    d = C.shape[-1]
+    return (d + 1) * EPS * max(float(C.diagonal().abs().sum()), -d * gamma)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def candidate(values: torch.Tensor, residuals: torch.Tensor, room: float) -> Dua
         room: how far below Σ θ_i the bound may be, above 0.
     """
     gamma = _level(values, room / 2)
-    uncovered = residuals + EPS * values[-1]
+    uncovered = residuals + EPS * values.abs().max()
     uncovered = uncovered * (room / 2 / uncovered.sum())
     return Dual(gamma, uncovered + (gamma - values).clamp(min=0), uncovered)
 
@@ -60,7 +64,7 @@ def prove(C: torch.Tensor, basis: torch.Tensor, dual: Dual) -> float | None:
     """The bound of a candidate, by a factorisation; None where that fails: no proof, and none to the contrary.
 
     Args:
-        C: (d, d) float64, symmetric positive semi-definite; its lower triangle is read.
+        C: (d, d) float64, a covariance or the negative of one; its lower triangle is read.
         basis: Û (d, r).
     """
     F = C.clone()
@@ -69,7 +73,7 @@ def prove(C: torch.Tensor, basis: torch.Tensor, dual: Dual) -> float | None:
     if factorize_(F) is None:
         return None
     rank = basis.shape[-1]
-    return rank * (dual.gamma - slack(C)) - float((dual.weights * basis.square().sum(0)).sum())
+    return rank * (dual.gamma - slack(C, dual.gamma)) - float((dual.weights * basis.square().sum(0)).sum())
 
 
 def _level(values: torch.Tensor, room: float) -> float:

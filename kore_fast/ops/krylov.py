@@ -21,6 +21,8 @@ from kore_fast.ops.dense import factorize_, product, solve, solve_lower, subtrac
 
 # Where so little of a vector is new, its product with C is computed afresh.
 _CANCELLED = 1e-3
+# Of the random block, beside products of unit norm.
+_TRACE = 1e-12
 # How far below the estimate of the smallest eigenvalue the shift is tried first.
 _SHIFT = 0.95
 # Where the lowest third of the first Ritz values span more than this factor, a shift gains less than it costs.
@@ -56,12 +58,19 @@ class KrylovSpace:
         """(d, columns)."""
         return self._rows[: self.columns, : self._d].mT
 
-    def append(self, Y: torch.Tensor, CY: torch.Tensor) -> torch.Tensor:
+    @property
+    def CQ(self) -> torch.Tensor:
+        """(d, columns)."""
+        return self._rows[: self.columns, self._d :].mT
+
+    def append(self, Y: torch.Tensor, CY: torch.Tensor | None = None) -> torch.Tensor:
         """Take in what Y (d, b) adds to the space; returns its orthonormal basis (d, b).
 
         Block Gram-Schmidt, twice. What is done to Y is done to C Y, so that no product with C is needed; unless so
-        little of Y is new that the rounding of C Y would outweigh it.
+        little of Y is new that the rounding of C Y would outweigh it, or there is no C Y.
         """
+        multiply = CY is None
+        CY = torch.zeros_like(Y) if CY is None else CY
         rows, old = torch.cat([Y.mT, CY.mT], 1), self._rows[: self.columns]
         rows = rows / torch.linalg.vector_norm(rows[:, : self._d], dim=1, keepdim=True)
         new = 1.0
@@ -70,7 +79,7 @@ class KrylovSpace:
                 subtract_product_(rows, product(rows[:, : self._d], old[:, : self._d].mT), old)
             rows, least = self._cholesky_qr(rows)
             new *= least
-        if new < _CANCELLED:
+        if multiply or new < _CANCELLED:
             rows[:, self._d :] = product(self._C, rows[:, : self._d].mT).mT
         end = self.columns + len(rows)
         if end > len(self._rows):
@@ -154,6 +163,26 @@ def krylov_spaces(C: torch.Tensor, rank: int, generator: torch.Generator) -> Ite
                 shifted = _shifted(C, *smallest)
                 if shifted is not None:
                     inverse, space.shift = shifted, -float(shifted.added[0])
+        if space.columns >= rank:
+            yield space
+
+
+def top_spaces(N: torch.Tensor, rank: int, generator: torch.Generator) -> Iterator[KrylovSpace]:
+    """`krylov_spaces` for the negative of a covariance: its low end is largest in size, so products alone find it."""
+    d = len(N)
+    block = 16 * -(-rank // 48)
+    space = KrylovSpace(N)
+    space.fresh = True
+    while space.columns + block <= min(d, max(d // 2, 2 * rank)):
+        Y = torch.randn(d, block, generator=generator, dtype=N.dtype, device=N.device)
+        if space.fresh:
+            space.fresh = False
+        else:
+            # A trace of the random block, so that products which add nothing (N of low rank) still give directions.
+            NV = space.CQ[:, -block:]
+            norms = torch.linalg.vector_norm(NV, dim=0).clamp(min=torch.finfo(N.dtype).tiny)
+            Y = NV / norms + _TRACE * Y
+        space.append(Y)
         if space.columns >= rank:
             yield space
 

@@ -31,6 +31,21 @@ def test_within_its_proof(kind: str, d: int) -> None:
     assert float(space.orthogonality) < 1e-12
 
 
+@pytest.mark.parametrize("left_out", [0, 40])
+def test_the_complement_is_within_its_proof(left_out: int) -> None:
+    values = torch.cat([torch.tensor([1.0, 0.3, 0.1]), torch.logspace(-2, -8, 797)]).double().cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(800, 800, dtype=torch.float64, device="cuda", generator=generator))[0]
+    C = (Q * values) @ Q.T
+    space = nullspace((C + C.T) / 2, 800 - left_out, method="complement")
+    least = float(values.sort().values[: 800 - left_out].sum())
+    assert space.method == "complement", space.reason
+    assert space.basis.is_cuda
+    assert float(space.bound) <= least * (1 + 1e-9)
+    assert float((space.basis * (C @ space.basis)).sum()) <= 1.02 * least
+    assert float(space.orthogonality) < 1e-12
+
+
 def test_the_same_leak_twice() -> None:
     x = torch.randn(900, 800, dtype=torch.float64, device="cuda")
     one, other = (nullspace(x.T @ x, 40, method="truncated") for _ in range(2))
