@@ -69,7 +69,8 @@ def bench_initialization(
 
     block = [name for name in factors if ".layers.0." in name]
     covariances = {name: store.covariance(name).float().to(device) for name in block}
-    theirs, _ = seconds(lambda: [paper(covariances[name], RANK) for name in block])
+    weights = {name: model.get_parameter(f"{name}.weight").float() for name in block}
+    theirs, _ = seconds(lambda: [paper(covariances[name], RANK, weights[name]) for name in block])
     blocks = SHAPE["num_hidden_layers"]
     case = {"tokens": BATCHES * ROWS * TOKENS, "rank": RANK, **SHAPE}
     worst = max(leak.leak for leak in leaks)

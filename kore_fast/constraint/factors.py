@@ -26,6 +26,7 @@ from kore_fast.constraint.store import CovarianceStore
 from kore_fast.constraint.weights import LayerWeight
 from kore_fast.errors import ConstraintError, StoreError
 from kore_fast.ops import NullSpace, nullspace
+from kore_fast.ops.dense import product
 
 if TYPE_CHECKING:
     from kore_fast.constraint.initialization import KoreConfig
@@ -50,7 +51,7 @@ def nullspace_factors(weight: torch.Tensor, basis: torch.Tensor) -> Factors:
         weight: W0 (d_out, d_in), any floating dtype; computed in float64.
         basis: Û (d_in, r), orthonormal columns.
     """
-    return thin_factors([weight.detach().to(torch.float64) @ basis], basis)[0]
+    return thin_factors([product(weight.detach().to(torch.float64), basis)], basis)[0]
 
 
 def thin_factors(products: Sequence[torch.Tensor], basis: torch.Tensor, *, b0: bool = True) -> list[Factors]:
@@ -302,7 +303,7 @@ class _Run:
     def _product(self, name: str, solve: Solve, space: NullSpace, weight: torch.Tensor | None = None) -> torch.Tensor:
         """W0·Û (d_out, r)."""
         weight = self.weights[name].read() if weight is None else weight
-        return weight.to(space.basis.device, torch.float64) @ space.basis[:, : solve.ranks[name]]
+        return product(weight.to(space.basis.device, torch.float64), space.basis[:, : solve.ranks[name]])
 
     def _finish(self, solve: Solve, C: torch.Tensor, space: NullSpace, products: Mapping[str, torch.Tensor]) -> None:
         made = thin_factors([products[name] for name in solve.ranks], space.basis, b0=self._b0)

@@ -14,6 +14,7 @@ from kore_fast.constraint import CovarianceStore, KoreConfig, collect_covariance
 from kore_fast.constraint import factors as module
 from kore_fast.constraint.factors import Solve, nullspace_factors, thin_factors
 from kore_fast.errors import ConstraintError
+from kore_fast.ops.dense import product
 
 RANK = 8
 
@@ -116,7 +117,7 @@ def test_layers_together_are_the_layers_alone() -> None:
     basis = torch.linalg.qr(torch.randn(20, 6, dtype=torch.float64)).Q
     weights = [torch.randn(n, 20, dtype=torch.float64) for n in (9, 30, 7, 12)]
     ranks = [6, 3, 6, 3]
-    products = [weight @ basis[:, :rank] for weight, rank in zip(weights, ranks, strict=True)]
+    products = [product(weight, basis[:, :rank]) for weight, rank in zip(weights, ranks, strict=True)]
     together, bare = thin_factors(products, basis), thin_factors(products, basis, b0=False)
     for number, rank in enumerate(ranks):
         alone = nullspace_factors(weights[number], basis[:, :rank])
