@@ -19,6 +19,8 @@ STAGES = {
     "evaluate": "adaptation, retention and drift of the base and of every method",
     "report": "figures, tables and the HTML page",
 }
+# What the processes of torchrun share; everything else would be done by each of them.
+_SHARED = ("covariance", "init")
 # Those of `kore-fast spectrum` when none is given.
 _RANKS = (16, 64, 256)
 
@@ -30,15 +32,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "env":
             return _env()
-        if options.command == "spectrum":
-            return _spectrum(options)
-        return _run(options)
+        from kore_fast.constraint.distributed import process_group
+
+        with process_group():
+            _refuse_several_processes(options.command)
+            return _spectrum(options) if options.command == "spectrum" else _run(options)
     except KoreError as error:
-        print(f"kore-fast: {error}", file=sys.stderr)
+        from kore_fast.constraint.distributed import leave_process_group
+
+        _say(f"kore-fast: {error}")
+        leave_process_group()
         return 1
     except KeyboardInterrupt:
-        print("kore-fast: stopped; the same command continues from here", file=sys.stderr)
+        _say("kore-fast: stopped; the same command continues from here")
         return 130
+
+
+def _say(text: str) -> None:
+    """Under torchrun the first process that gets here speaks for all."""
+    from kore_fast.constraint.distributed import first_to_speak
+
+    if first_to_speak():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _refuse_several_processes(command: str) -> None:
+    from kore_fast.constraint.distributed import Ranks
+    from kore_fast.errors import RecipeError
+
+    if Ranks().world > 1 and command not in _SHARED:
+        raise RecipeError(
+            f"{command}: run by one process here; only {' and '.join(_SHARED)} share their work over the processes of "
+            f"torchrun. Give `kore-fast {command}` without torchrun"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     stages = {name: commands.add_parser(name, help=text) for name, text in STAGES.items()}
     for name, command in {"run": run, **stages}.items():
         command.add_argument("recipe", type=Path, help="a YAML file, or a folder with recipe.yaml")
-        command.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: runs/<recipe's name>)")
+        command.add_argument(
+            "--run", "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: runs/<recipe's name>)"
+        )
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, as in training.steps=20"
         )
@@ -74,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     from kore_fast.allocation import keep_freed_memory
+    from kore_fast.constraint.distributed import Ranks
     from kore_fast.errors import RecipeError
     from kore_fast.modules.loading import quiet_transformers
     from kore_fast.recipe.checks import prepare
@@ -92,7 +121,7 @@ def _run(options: argparse.Namespace) -> int:
         overrides[key] = value
     recipe = load_recipe(options.recipe, overrides)
     run = (options.run or Path("runs") / recipe.name).resolve()
-    prepare(recipe)
+    Ranks().by_first(lambda: prepare(recipe))
     stages = build_stages(recipe, run)
     if options.command != "run":
         method = getattr(options, "method", None)

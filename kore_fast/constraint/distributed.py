@@ -1,4 +1,4 @@
-"""Work on several ranks: who does what, what they agree on, and how their results become one.
+"""Work on several ranks: how they find each other, who does what, and how their results become one.
 
 Nothing is pickled: ranks exchange tensors and JSON.
 """
@@ -8,23 +8,76 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from kore_fast.constraint.inputs import Batch
-from kore_fast.errors import ConstraintError
+from kore_fast.errors import BackendError, ConstraintError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 # Sums on their way to an owner at one time.
 _IN_FLIGHT = 2
+# Others wait for as long as the slowest solve, or while rank 0 works alone. A rank that ends is noticed at once.
+_TIMEOUT = timedelta(days=2)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The processes that torchrun started as the ranks of `torch.distributed`; nothing where there is but one.
+
+    Tensors on the CPU go over gloo, those on GPUs over NCCL, where each process of a machine has a GPU of its own.
+    After an exception the group is still there: tell it (`first_to_speak`), then `leave_process_group`.
+
+    Raises:
+        BackendError: WORLD_SIZE asks for several processes, but they cannot find each other.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing or not dist.is_available():
+        reason = f"{missing[0]} is not" if missing else "this build of torch has no torch.distributed"
+        raise BackendError(f"WORLD_SIZE is set to {world}, but {reason}: start with torchrun, or unset WORLD_SIZE")
+    local, beside = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    accelerated = max(beside, local + 1) <= torch.cuda.device_count() and dist.is_nccl_available()
+    if accelerated:
+        torch.cuda.set_device(local)
+    # Where it is imported later (PEFT does), its functions' default arguments hold the group for ever: the threads that
+    # destroying it would end are then there when the interpreter ends, and now and then abort the process.
+    import_module("torch.distributed.nn")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if accelerated else "gloo", timeout=_TIMEOUT)
+    yield
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End this process's part in the group, if it has one; the others notice."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_speak() -> bool:
+    """Whether no other rank has asked this before: one error, which all ranks come to know, is to be told once."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("kore_fast/spoken", 1) == 1)
+    except RuntimeError:  # the store is gone with the process that had it: better twice than never
+        return True
 
 
 def bin_packing(costs: Mapping[str, int], world: int) -> dict[str, int]:
@@ -48,12 +101,13 @@ def forwards_together(model: nn.Module) -> bool:
 class Ranks:
     """This process among those of `torch.distributed`; alone where that is not initialised."""
 
-    def __init__(self, model: nn.Module, *, sharded: bool = False) -> None:
-        """``sharded``: each rank was given batches of its own; otherwise all were given the same."""
+    def __init__(self, model: nn.Module | None = None, *, sharded: bool = False) -> None:
+        """``model``: whose forward passes the ranks run. ``sharded``: each rank was given batches of its own; otherwise
+        all were given the same."""
         running = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if running else 0
         self.world = dist.get_world_size() if running else 1
-        self.together_in_forward = self.world > 1 and forwards_together(model)
+        self.together_in_forward = self.world > 1 and model is not None and forwards_together(model)
         self.sharded = sharded
         if not running and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             logger.warning(
@@ -112,12 +166,14 @@ class Ranks:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
+        with _reaching_others():
+            dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
         longest = int(max(sizes))
         padded = text.new_zeros(longest)
         padded[: len(text)] = text
         texts = [text.new_zeros(longest) for _ in range(self.world)]
-        dist.all_gather(texts, padded)
+        with _reaching_others():
+            dist.all_gather(texts, padded)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
 
     def agree(self, value: Any, what: str) -> Any:
@@ -161,12 +217,26 @@ class Ranks:
             if message is not None:
                 raise ConstraintError(f"rank {rank} failed: {message}")
 
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns (JSON), on every rank: when all are here, rank 0 alone does it while the others wait.
+
+        Raises:
+            ConstraintError: it failed; on the others.
+        """
+        if self.world == 1:
+            return work()
+        self.wait()
+        with self.sharing_errors():
+            value = work() if self.rank == 0 else None
+        return self.gather(value)[0]
+
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's CPU tensor."""
         if self.world == 1:
             return values
         values = values.to(self.device)
-        dist.all_reduce(values)
+        with _reaching_others():
+            dist.all_reduce(values)
         return values.cpu()
 
     def reduce_to_owners(
@@ -181,13 +251,15 @@ class Ranks:
         def finished() -> Iterator[tuple[str, torch.Tensor]]:
             name, tensor, work = pending.popleft()
             if work is not None:
-                work.wait()
+                with _reaching_others():
+                    work.wait()
             if owners[name] == self.rank:
                 yield name, tensor.cpu()
 
         for name, owner in owners.items():
             tensor = take(name)
-            work = dist.reduce(tensor, dst=owner, async_op=True) if self.world > 1 else None
+            with _reaching_others():
+                work = dist.reduce(tensor, dst=owner, async_op=True) if self.world > 1 else None
             pending.append((name, tensor, work))
             if len(pending) > (_IN_FLIGHT if self.world > 1 else 0):
                 yield from finished()
@@ -205,12 +277,13 @@ class Ranks:
                 tensor = torch.empty(
                     sizes[name] if to_all or self.rank == 0 else 0, dtype=torch.float64, device=self.device
                 )
-            if to_all:
-                dist.broadcast(tensor, src=owner)
-            elif owner != 0 and self.rank == owner:
-                dist.send(tensor, dst=0)
-            elif owner != 0 and self.rank == 0:
-                dist.recv(tensor, src=owner)
+            with _reaching_others():
+                if to_all:
+                    dist.broadcast(tensor, src=owner)
+                elif owner != 0 and self.rank == owner:
+                    dist.send(tensor, dst=0)
+                elif owner != 0 and self.rank == 0:
+                    dist.recv(tensor, src=owner)
             if to_all or self.rank == 0:
                 yield name, tensor.cpu()
 
@@ -223,7 +296,8 @@ class Ranks:
         if not self.together_in_forward:
             return value
         decided = torch.tensor([int(value)], device=self.device)
-        dist.broadcast(decided, src=0)
+        with _reaching_others():
+            dist.broadcast(decided, src=0)
         return bool(decided.item())
 
     def common(self, offered: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -235,3 +309,17 @@ class Ranks:
         compared = 2 if self.together_in_forward else 1
         shared = set.intersection(*({tuple(place[:compared]) for place in places} for places in everyone))
         return max(place for place in [(0, 0), *offered] if place[:compared] in shared)
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """The backends' words for a rank that is gone, in ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        # "[its file:537] Read error [host]:port: Connection reset by peer. This is typically caused by …"
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
+        raise ConstraintError(
+            f"another rank ended or cannot be reached ({reason}); what it said itself says why. With a checkpoint the "
+            "same call continues from here"
+        ) from error

@@ -12,7 +12,7 @@ from kore_fast.progress import Progress
 from kore_fast.recipe.schema import CalibrationSource, Recipe
 
 
-def calibration_batches(
+def write_answers(
     recipe: Recipe,
     name: str,
     source: CalibrationSource,
@@ -20,10 +20,36 @@ def calibration_batches(
     processor: Any,
     folder: Path,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    from kore_fast.data.conversations import by_length, collate, encode, encode_texts, tokenizer_of
-    from kore_fast.data.old_knowledge import chat_questions, picture_prompts, read_pictures, read_texts, sample
+) -> None:
+    """The model's own answers to a chat source's questions, into ``<folder>/<name>.jsonl`` where that is not there."""
+    from kore_fast.data.old_knowledge import chat_questions, read_texts
     from kore_fast.evaluation.generation import Prompt, generate_answers
+
+    answered = folder / f"{name}.jsonl"
+    if answered.exists():
+        return
+    assert recipe.old_knowledge.texts is not None, "the recipe's schema checks it"
+    texts = read_texts(recipe.resolve(recipe.old_knowledge.texts), held_out=False)
+    questions = chat_questions([text.title for text in texts], source.samples, recipe.seed)
+    answers = generate_answers(
+        model,
+        processor,
+        [Prompt(question.text) for question in questions],
+        max_new_tokens=source.max_tokens,
+        bf16=recipe.bf16(),
+        progress=progress,
+        label=f"the model's own answers for {name}",
+    )
+    pairs = zip(questions, answers, strict=True)
+    write_jsonl(answered, ({"id": q.id, "question": q.text, "answer": a} for q, a in pairs if a))
+
+
+def calibration_batches(
+    recipe: Recipe, name: str, source: CalibrationSource, processor: Any, folder: Path
+) -> list[dict[str, Any]]:
+    """Keyword arguments of the model; a chat source's from what `write_answers` left in ``folder``."""
+    from kore_fast.data.conversations import by_length, collate, encode, encode_texts, tokenizer_of
+    from kore_fast.data.old_knowledge import picture_prompts, read_pictures, read_texts, sample
     from kore_fast.evaluation.naming import OPENING, name_phrase
 
     assert recipe.covariance is not None
@@ -40,29 +66,14 @@ def calibration_batches(
             )
             for i, p in enumerate(pictures)
         ]
-    else:
+    elif source.kind == "text":
         assert old.texts is not None, "the recipe's schema checks it"
         texts = read_texts(recipe.resolve(old.texts), held_out=False)
-        if source.kind == "text":
-            chosen = sample([text.text for text in texts], source.samples, recipe.seed)
-            encoded = encode_texts(processor, chosen, source.max_tokens)
-        else:
-            questions = chat_questions([text.title for text in texts], source.samples, recipe.seed)
-            answered = folder / f"{name}.jsonl"
-            if not answered.exists():
-                answers = generate_answers(
-                    model,
-                    processor,
-                    [Prompt(question.text) for question in questions],
-                    max_new_tokens=source.max_tokens,
-                    bf16=recipe.bf16(),
-                    progress=progress,
-                    label=f"the model's own answers for {name}",
-                )
-                pairs = zip(questions, answers, strict=True)
-                write_jsonl(answered, ({"id": q.id, "question": q.text, "answer": a} for q, a in pairs if a))
-            rows = [row for _, row in read_jsonl(answered)]
-            encoded = [encode(processor, [("user", r["question"]), ("assistant", r["answer"])]) for r in rows]
+        chosen = sample([text.text for text in texts], source.samples, recipe.seed)
+        encoded = encode_texts(processor, chosen, source.max_tokens)
+    else:
+        rows = [row for _, row in read_jsonl(folder / f"{name}.jsonl")]
+        encoded = [encode(processor, [("user", r["question"]), ("assistant", r["answer"])]) for r in rows]
     pad = tokenizer_of(processor).pad_token_id
     return [
         # The head is not needed to see the inputs of the layers below it.

@@ -1,4 +1,7 @@
-"""The runner: stages that read and write files, each with a fingerprint of what it was made from."""
+"""The runner: stages that read and write files, each with a fingerprint of what it was made from.
+
+Where several processes run the same stages, rank 0 alone decides, empties folders and writes states; all do the work.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import kore_fast
+from kore_fast.constraint.distributed import Ranks
 from kore_fast.errors import KoreError, RecipeError
 from kore_fast.files import read_json, write_json
-from kore_fast.progress import Progress, RunClock, bar, minutes
+from kore_fast.progress import Progress, RunClock, bar, minutes, silent
 
 STATE = "stage.json"
 # Weights and covariances are told apart by their ends and their size; hashing a 7B model in full takes a minute.
@@ -30,7 +35,7 @@ class Stage:
     """A step of a run: a folder that is made from files and options.
 
     ``work`` gets the folder and a progress bar. It may be called on a folder that an earlier, killed call left
-    unfinished with the same fingerprint: what is whole there can be used.
+    unfinished with the same fingerprint: what is whole there can be used. Under torchrun every process calls it.
     """
 
     name: str
@@ -53,36 +58,52 @@ class Stage:
 def run_stages(run: Path, stages: Sequence[Stage], *, show: Progress = bar) -> None:
     """Run stages in order. One whose inputs and options have not changed since it was done is skipped.
 
+    Under torchrun every process calls this, with stages that they share and a run's folder that all can see.
+
     Raises:
         RecipeError: an input is not there or not finished; says which stage makes it. A stage's folder holds files that
             no stage wrote: they would be lost.
+        ConstraintError: another process failed.
     """
+    team = Ranks()
     clock = RunClock({stage.name: stage.seconds for stage in stages})
     for number, stage in enumerate(stages, start=1):
-        head = f"[{number}/{len(stages)}] {stage.name}"
-        fingerprint = _fingerprint(run, stage)
         folder = run / stage.name
-        state = _state(folder)
-        if state.get("fingerprint") == fingerprint and state.get("done"):
-            clock.skip(stage.name)
-            changed = [name for name, digest in state["files"].items() if _digest(folder / name) != digest]
-            missing = [name for name in changed if not (folder / name).exists()]
-            if not missing:
-                note = f", {changed[0]} was replaced by hand: kept" if changed else ""
-                _say(f"{head}: nothing changed{note}")
-                continue
-        if state.get("fingerprint") != fingerprint:
-            _empty(folder)
-        write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": False})
-        _say(f"{head}: {minutes(clock.left())} left in all")
+        fingerprint = team.by_first(partial(_begin, run, stage, f"[{number}/{len(stages)}] {stage.name}", clock))
+        if fingerprint is None:
+            continue
         with clock.timed(stage.name), _telling_a_full_disk(folder, stage.name):
-            stage.work(folder, show)
-        lacking = [name for name in stage.produces if not (folder / name).exists()]
-        assert not lacking, f"{stage.name} did not write {lacking}"
-        files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        files.pop(STATE)
-        done = {"stage": stage.name, "fingerprint": fingerprint, "done": True, "files": files}
-        write_json(folder / STATE, done)
+            stage.work(folder, show if team.rank == 0 else silent)
+        team.by_first(partial(_finish, folder, stage, fingerprint))
+
+
+def _begin(run: Path, stage: Stage, head: str, clock: RunClock) -> str | None:
+    """Make a stage's folder ready; its fingerprint, or None where nothing has changed."""
+    fingerprint = _fingerprint(run, stage)
+    folder = run / stage.name
+    state = _state(folder)
+    if state.get("fingerprint") == fingerprint and state.get("done"):
+        clock.skip(stage.name)
+        changed = [name for name, digest in state["files"].items() if _digest(folder / name) != digest]
+        missing = [name for name in changed if not (folder / name).exists()]
+        if not missing:
+            note = f", {changed[0]} was replaced by hand: kept" if changed else ""
+            _say(f"{head}: nothing changed{note}")
+            return None
+    if state.get("fingerprint") != fingerprint:
+        _empty(folder)
+    write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": False})
+    _say(f"{head}: {minutes(clock.left())} left in all")
+    return fingerprint
+
+
+def _finish(folder: Path, stage: Stage, fingerprint: str) -> None:
+    """Mark a stage as done, with the files that it wrote."""
+    lacking = [name for name in stage.produces if not (folder / name).exists()]
+    assert not lacking, f"{stage.name} did not write {lacking}"
+    files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.pop(STATE)
+    write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": True, "files": files})
 
 
 @contextmanager

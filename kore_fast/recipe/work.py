@@ -1,4 +1,7 @@
-"""The work of each stage: it reads files, calls the rooms below, writes files. Stages meet nowhere else."""
+"""The work of each stage: it reads files, calls the rooms below, writes files. Stages meet nowhere else.
+
+Under torchrun each process calls the work of ``covariance`` and ``init``; what only one may do is `by_first`'s.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,17 @@ import io
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from kore_fast.constraint.distributed import Ranks
 from kore_fast.files import read_json, write_json, write_text
 from kore_fast.progress import Progress
-from kore_fast.recipe.calibration import calibration_batches
+from kore_fast.recipe.calibration import calibration_batches, write_answers
 from kore_fast.recipe.schema import BASE, Method, Recipe
 
 if TYPE_CHECKING:
@@ -46,43 +51,57 @@ def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
     from kore_fast.modules.loading import load_model, load_processor
 
     assert recipe.covariance is not None
-    processor = load_processor(recipe.model_path())
+    team = Ranks()
+    with team.sharing_errors():
+        processor = load_processor(recipe.model_path())
     model: nn.Module | None = None
     for name, source in recipe.covariance.sources.items():
         path, checkpoint = folder / f"{name}.safetensors", folder / f"{name}.checkpoint"
-        if path.exists():
-            shutil.rmtree(checkpoint, ignore_errors=True)  # of a process that was killed just after it had saved
-            continue
-        model = model or load_model(recipe.model_path())
-        batches = calibration_batches(recipe, name, source, model, processor, folder, progress)
-        collect_covariance(
-            model,
-            batches,
-            source=name,
-            target_modules=recipe.targets,
-            about=source.model_dump(mode="json"),
-            max_memory=recipe.covariance.max_memory,
-            checkpoint=checkpoint,
-            checkpoint_seconds=recipe.covariance.checkpoint_seconds,
-            save_to=path,
-            progress=lambda items: progress(items, len(batches), f"covariance of {name}"),  # noqa: B023
-            warn_few_tokens=False,
-        )
-    warn_if_few_tokens(CovarianceStore.load(folder))
+        if not team.by_first(path.exists):
+            with team.sharing_errors():
+                model = model or load_model(recipe.model_path())
+            if source.kind == "chat":
+                team.by_first(partial(write_answers, recipe, name, source, model, processor, folder, progress))
+            with team.sharing_errors():
+                batches = calibration_batches(recipe, name, source, processor, folder)
+            collect_covariance(
+                model,
+                batches,
+                source=name,
+                target_modules=recipe.targets,
+                about=source.model_dump(mode="json"),
+                max_memory=recipe.covariance.max_memory,
+                checkpoint=checkpoint,
+                checkpoint_seconds=recipe.covariance.checkpoint_seconds,
+                save_to=path,
+                progress=lambda items: progress(items, len(batches), f"covariance of {name}"),  # noqa: B023
+                warn_few_tokens=False,
+            )
+        # Of a process that was killed just after it had saved, or of another number of processes.
+        team.by_first(partial(shutil.rmtree, checkpoint, ignore_errors=True))
+    team.by_first(lambda: warn_if_few_tokens(CovarianceStore.load(folder)))
 
 
 def init(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Progress) -> None:
     """Covariances → an adapter to start from, and the leak of its A in every layer. Null spaces that an interrupted
     call had solved are not solved again."""
+    from kore_fast.modules.adapter import METADATA
+
+    team = Ranks()
+    # The last file that an adapter writes: what was killed after it had the adapter whole.
+    if method.kind == "kore" and not team.by_first((folder / METADATA).exists):
+        _kore_start(recipe, run, method, folder, progress)
+    team.by_first(partial(_finish_start, recipe, run, method, folder))
+
+
+def _finish_start(recipe: Recipe, run: Path, method: Method, folder: Path) -> None:
+    """What one process does: every other start, and the leaks as a table."""
     from kore_fast.constraint import CovarianceStore
     from kore_fast.constraint.leak import LayerLeak, leak_report
     from kore_fast.modules.adapter import METADATA, lora_layers
     from kore_fast.modules.loading import load_model
 
     rows: list[dict[str, Any]] = []
-    # The last file that an adapter writes: what was killed after it had the adapter whole.
-    if method.kind == "kore" and not (folder / METADATA).exists():
-        _kore_start(recipe, run, method, folder, progress)
     if method.kind == "kore":
         shutil.rmtree(folder / _FACTORS, ignore_errors=True)
         rows = read_json(folder / METADATA)["leaks"]
@@ -122,7 +141,8 @@ def _kore_start(recipe: Recipe, run: Path, method: Method, folder: Path, progres
     def show(solves: Sequence[Solve]) -> Iterable[Solve]:
         return progress(solves, sum(solve.cost for solve in solves), "null spaces", lambda solve: solve.cost)
 
-    model, store = load_model(recipe.model_path()), CovarianceStore.load(run / "covariance")
+    with Ranks().sharing_errors():
+        model, store = load_model(recipe.model_path()), CovarianceStore.load(run / "covariance")
     get_kore_model(model, config, store, checkpoint=folder / _FACTORS, save_to=folder, progress=show)
 
 

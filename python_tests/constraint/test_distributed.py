@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from kore_fast.constraint import CovarianceStore, collect_covariance
-from kore_fast.constraint.distributed import Ranks, bin_packing
-from kore_fast.errors import ConstraintError, StoreError
+from kore_fast.constraint.distributed import Ranks, bin_packing, first_to_speak, process_group
+from kore_fast.errors import BackendError, ConstraintError, StoreError
 from python_tests.constraint.stack import PYTHONPATH, Stack, sharded
 
 Batch = dict[str, torch.Tensor]
@@ -133,7 +133,17 @@ def run_scenarios(out: Path) -> None:
     other = Stack().double()
     other.get_submodule(f"layers.{rank}.b").register_forward_pre_hook(lambda _, x: (x[0].clone(),))
     nan = [{"x": torch.full((1, 3, 12), float("nan") if rank else 1.0, dtype=torch.float64)}]
+
+    def by_first(fails: bool) -> Any:
+        if rank or fails:
+            raise OSError(f"rank {rank} did it")
+        return ["rank", 0]
+
+    ranks = Ranks()
     messages = {
+        "by first": ranks.by_first(lambda: by_first(False)),
+        "by first failed": message(lambda: ranks.by_first(lambda: by_first(True))),
+        "spoke": first_to_speak(),
         "broken": message(lambda: collect_covariance(plain, broken(), sharded=True)),
         "early": message(lambda: collect_covariance(plain, broken if rank else [], sharded=True, max_memory=SMALL)),
         "once": message(lambda: collect_covariance(plain, broken() if rank else [], sharded=True, max_memory=SMALL)),
@@ -151,6 +161,8 @@ def run_scenarios(out: Path) -> None:
     if rank == 1:
         wrapped.get_submodule("layers.1").register_forward_pre_hook(fail)
     (out / f"waiting.{rank}").write_text(message(lambda: collect_covariance(wrapped, make_batches(3))))
+    if rank == 0:
+        (out / "gone").write_text(message(ranks.wait))
     os._exit(0)  # rank 1 leaves rank 0 waiting in the forward pass, as a process does that is ended by its error
 
 
@@ -248,6 +260,25 @@ def test_a_rank_that_fails_where_others_wait_ends_them(ranks: Path) -> None:
     waited, failed = ((ranks / f"waiting.{rank}").read_text() for rank in range(2))
     assert failed == "OSError: broken"
     assert waited != "no error"
+    assert (ranks / "gone").read_text().startswith("ConstraintError: another rank ended or cannot be reached (")
+
+
+def test_the_first_works_alone_and_one_speaks(ranks: Path) -> None:
+    one, other = (json.loads((ranks / f"messages.{rank}.json").read_text()) for rank in range(2))
+    assert one["by first"] == other["by first"] == ["rank", 0]
+    assert one["by first failed"] == "OSError: rank 0 did it"
+    assert other["by first failed"] == "ConstraintError: rank 0 failed: OSError: rank 0 did it"
+    assert sorted([one["spoke"], other["spoke"]]) == [False, True]
+
+
+@pytest.mark.parametrize("lacking", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_processes_that_cannot_find_each_other_are_told(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    given = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(lacking)
+    with pytest.raises(BackendError, match=rf"WORLD_SIZE is set to 2, but {lacking} is not: start with torchrun"):
+        process_group().__enter__()
 
 
 def test_bin_packing_shares_evenly() -> None:
