@@ -17,6 +17,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kore_fast, library) {
   // A B, or X −= A B, in float64.
   library.def("product_native(Tensor A, Tensor B) -> Tensor");
   library.def("subtract_product_native_(Tensor(a!) X, Tensor A, Tensor B) -> ()");
+  // The parts of frozen_lora and its gradients, see kore_fast/ops/native/frozen_lora.py.
+  library.def(
+      "frozen_lora_forward_native(Tensor x, Tensor thinned, Tensor W, Tensor A, Tensor B, Tensor? bias, "
+      "float scaling) -> Tensor[]");
+  library.def("frozen_lora_backward_x_native(Tensor dy, Tensor W, Tensor A, Tensor B, float scaling) -> Tensor[]");
+  library.def("frozen_lora_backward_b_native(Tensor dy, Tensor z, Tensor like, float scaling) -> Tensor");
 }
 
 PYBIND11_MODULE(_native, module) {

@@ -16,7 +16,7 @@ using Memory = std::unique_ptr<void, Free>;
 
 // Bytes on a cache line's border; `what` asks for them.
 inline Memory aligned(const char* what, size_t bytes) {
-  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  void* memory = std::aligned_alloc(64, bytes / 64 * 64 + 64);
   STD_TORCH_CHECK(memory != nullptr, what, ": no memory for ", bytes, " bytes");
   return Memory(memory);
 }

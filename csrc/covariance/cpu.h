@@ -4,14 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace kore_fast {
+#include "common/narrow.h"
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
+namespace kore_fast {
 
 enum class Type { kFloat, kDouble, kBFloat16, kHalf };
 

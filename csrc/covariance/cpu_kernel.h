@@ -16,28 +16,6 @@ namespace {  // each instruction set gets its own copy: the linker must not merg
 
 constexpr int kDepth = 128;
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-inline float widen(Half value) {
-  // Shift exponent and mantissa into place; the product puts the exponent's bias right, also for subnormal numbers.
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
-  float out;
-  std::memcpy(&out, &magnitude, sizeof out);
-  out *= 0x1p112f;
-  uint32_t bits;
-  std::memcpy(&bits, &out, sizeof bits);
-  bits |= sign;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
 template <typename X>
 struct Bits;
 template <>

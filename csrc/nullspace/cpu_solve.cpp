@@ -13,7 +13,8 @@
 #include <algorithm>
 
 #include "common/memory.h"
-#include "nullspace/packing.h"
+#include "common/packing.h"
+#include "common/panels.h"
 
 namespace kore_fast {
 namespace {
@@ -28,7 +29,7 @@ class Solve {
  public:
   // L (n, n) is lower triangular; V and out (n, columns).
   Solve(const View<const double>& L, const View<const double>& V, const View<double>& out)
-      : L_(L), V_(V), out_(out), kernel_(panel_kernel()), padded_(up_to(V.rows, kernel_.strip)) {}
+      : L_(L), V_(V), out_(out), kernel_(panel_kernel<double>()), padded_(up_to(V.rows, kernel_.strip)) {}
 
   void run() {
     const int64_t panel = kernel_.panel, bytes = padded_ * panel * static_cast<int64_t>(sizeof(double));
@@ -67,7 +68,7 @@ class Solve {
   // A panel is a strip of Vᵀ.
   void pack(int64_t p) const {
     const int64_t first = (first_ + p) * kernel_.panel;
-    pack_strips({V_.at(0, first), columns_of(p), V_.rows, V_.column, V_.row}, kernel_.panel, rows_of(p, 0));
+    pack_strips(View<const double>{V_.at(0, first), columns_of(p), V_.rows, V_.column, V_.row}, kernel_.panel, rows_of(p, 0));
     std::fill(rows_of(p, V_.rows), rows_of(p, padded_), 0.0);
   }
 
@@ -128,7 +129,7 @@ class Solve {
   const View<const double> L_;
   const View<const double> V_;
   const View<double> out_;
-  const PanelKernel& kernel_;
+  const PanelKernel<double>& kernel_;
   const int64_t padded_;  // rows of a panel: whole strips
   double* x_ = nullptr;
   double* block_ = nullptr;

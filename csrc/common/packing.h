@@ -1,12 +1,11 @@
-// Packing of matrices for the kernels of cpu.h.
+// Packing of matrices for the kernels of panels.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 
-#include "common/cpu_capability.h"
-#include "nullspace/cpu.h"
+#include "common/narrow.h"
 
 namespace kore_fast {
 
@@ -26,28 +25,17 @@ inline int64_t worth_a_thread(int64_t products) { return 1 + 65536 / std::max<in
 
 inline int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-inline const PanelKernel& panel_kernel() {
-#if defined(KORE_FAST_X86)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512Bf16:
-    case CpuCapability::kAvx512: return panels_avx512;
-    case CpuCapability::kAvx2: return panels_avx2;
-    case CpuCapability::kGeneric: break;
-  }
-#endif
-  return panels_generic;
-}
-
-// Rows of `from` in strips of `into`: out (strips, columns, into). Rows past the last are zero.
-inline void pack_strips(const View<const double>& from, int64_t into, double* out) {
+// Rows of `from`, times `factor`, in strips of `into`: out (strips, columns, into). Rows past the last are zero.
+template <typename E, typename T>
+void pack_strips(const View<const E>& from, int64_t into, T* out, T factor = 1) {
   const int64_t size = from.columns * into;  // of a strip
   if (std::abs(from.row) < std::abs(from.column)) {
     // Down the columns, through all strips: what lies together is read together.
     for (int64_t k = 0; k < from.columns; ++k)
       for (int64_t i = 0; i < from.rows; i += into) {
-        double* const to = out + i / into * size + k * into;
+        T* const to = out + i / into * size + k * into;
         const int64_t here = std::min(into, from.rows - i);
-        for (int64_t r = 0; r < here; ++r) to[r] = *from.at(i + r, k);
+        for (int64_t r = 0; r < here; ++r) to[r] = factor * widen(*from.at(i + r, k));
         for (int64_t r = here; r < into; ++r) to[r] = 0;
       }
     return;
@@ -58,8 +46,8 @@ inline void pack_strips(const View<const double>& from, int64_t into, double* ou
     for (int64_t start = 0; start < from.columns; start += kColumns) {
       const int64_t end = std::min(start + kColumns, from.columns);
       for (int64_t r = 0; r < into; ++r) {
-        double* const to = out + i / into * size + r;
-        for (int64_t k = start; k < end; ++k) to[k * into] = i + r < from.rows ? *from.at(i + r, k) : 0;
+        T* const to = out + i / into * size + r;
+        for (int64_t k = start; k < end; ++k) to[k * into] = i + r < from.rows ? factor * widen(*from.at(i + r, k)) : 0;
       }
     }
 }

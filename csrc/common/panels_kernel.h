@@ -1,17 +1,17 @@
-// The arithmetic of float64 products and triangular solves on a CPU, written once with vector types and compiled once per instruction set.
+// The arithmetic of dense products and triangular solves on a CPU, written once with vector types and compiled once per instruction set.
 // As for covariances: a panel is three vectors wide, a strip's products with it stay in registers.
 #pragma once
 
+#include "common/panels.h"
 #include "common/vector.h"
-#include "nullspace/cpu.h"
 
 namespace kore_fast {
 namespace {  // each instruction set gets its own copy: the linker must not merge them
 
-template <int BYTES, int STRIP, int NV>
-inline void subtract_vectors(const double* a, const double* b, int64_t depth, double* x) {
-  using V = typename VectorOf<double, BYTES>::type;
-  constexpr int W = BYTES / sizeof(double), P = 3 * W;
+template <typename T, int BYTES, int STRIP, int NV>
+inline void subtract_vectors(const T* a, const T* b, int64_t depth, T* x) {
+  using V = typename VectorOf<T, BYTES>::type;
+  constexpr int W = BYTES / sizeof(T), P = 3 * W;
   V acc[STRIP][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < STRIP; ++r)
@@ -32,21 +32,21 @@ inline void subtract_vectors(const double* a, const double* b, int64_t depth, do
     for (int v = 0; v < NV; ++v) *reinterpret_cast<V*>(x + r * P + v * W) -= acc[r][v];
 }
 
-template <int BYTES, int STRIP>
-void subtract(const double* a, const double* b, int64_t depth, int64_t columns, double* x) {
-  constexpr int W = BYTES / sizeof(double);
+template <typename T, int BYTES, int STRIP>
+void subtract(const T* a, const T* b, int64_t depth, int64_t columns, T* x) {
+  constexpr int W = BYTES / sizeof(T);
   if (columns <= W)
-    subtract_vectors<BYTES, STRIP, 1>(a, b, depth, x);
+    subtract_vectors<T, BYTES, STRIP, 1>(a, b, depth, x);
   else if (columns <= 2 * W)
-    subtract_vectors<BYTES, STRIP, 2>(a, b, depth, x);
+    subtract_vectors<T, BYTES, STRIP, 2>(a, b, depth, x);
   else
-    subtract_vectors<BYTES, STRIP, 3>(a, b, depth, x);
+    subtract_vectors<T, BYTES, STRIP, 3>(a, b, depth, x);
 }
 
-template <int BYTES, int STRIP>
-void substitute(const double* a, int64_t columns, double* x) {
-  using V = typename VectorOf<double, BYTES>::type;
-  constexpr int W = BYTES / sizeof(double), P = 3 * W;
+template <typename T, int BYTES, int STRIP>
+void substitute(const T* a, int64_t columns, T* x) {
+  using V = typename VectorOf<T, BYTES>::type;
+  constexpr int W = BYTES / sizeof(T), P = 3 * W;
   for (int64_t c = 0; c < columns; c += W) {
     V row[STRIP];
 #pragma GCC unroll 16
@@ -62,9 +62,9 @@ void substitute(const double* a, int64_t columns, double* x) {
   }
 }
 
-template <int BYTES, int STRIP>
-constexpr PanelKernel panels() {
-  return {3 * (BYTES / static_cast<int64_t>(sizeof(double))), STRIP, subtract<BYTES, STRIP>, substitute<BYTES, STRIP>};
+template <typename T, int BYTES, int STRIP>
+constexpr PanelKernel<T> panels() {
+  return {3 * (BYTES / static_cast<int64_t>(sizeof(T))), STRIP, subtract<T, BYTES, STRIP>, substitute<T, BYTES, STRIP>};
 }
 
 }  // namespace
