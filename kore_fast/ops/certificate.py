@@ -60,14 +60,15 @@ def room_below(leak: float, tolerance: float, rank: int, rounding: float) -> flo
     return leak * tolerance / (1 + tolerance) - 2 * rank * rounding
 
 
-def prove(C: torch.Tensor, basis: torch.Tensor, dual: Dual) -> float | None:
+def prove(C: torch.Tensor, basis: torch.Tensor, dual: Dual, memory: torch.Tensor | None = None) -> float | None:
     """The bound of a candidate, by a factorisation; None where that fails: no proof, and none to the contrary.
 
     Args:
         C: (d, d) float64, a covariance or the negative of one; its lower triangle is read.
         basis: Û (d, r).
+        memory: (d, d) to work in.
     """
-    F = C.clone()
+    F = C.clone() if memory is None else memory.copy_(C)
     F.diagonal().sub_(dual.gamma)
     covariance_update_(F, new_count(device=F.device), basis.mT, scale=dual.weights)
     if factorize_(F) is None:

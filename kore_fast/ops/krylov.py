@@ -52,6 +52,18 @@ class KrylovSpace:
         self.shift = 0.0
         self.fresh = False
         """Set by the user: begin the next block at random, for eigenvectors in which the first start had no part."""
+        self._spare: torch.Tensor | None = None
+
+    def spare(self) -> torch.Tensor:
+        """(d, d) row-major to work in. The same each time: new memory is cleared page by page, which takes a tenth of a
+        factorisation and more."""
+        if self._spare is None:
+            self._spare = torch.empty_like(self._C, memory_format=torch.contiguous_format)
+        return self._spare
+
+    def exchange(self, memory: torch.Tensor) -> None:
+        """Take ``memory`` (d, d) as the spare one: what was it is in use."""
+        self._spare = memory if memory.is_contiguous() else memory.mT
 
     @property
     def Q(self) -> torch.Tensor:
@@ -160,8 +172,9 @@ def krylov_spaces(C: torch.Tensor, rank: int, generator: torch.Generator) -> Ite
             if float(values[-1]) <= slack(C):
                 space.fresh = True  # a true null space: fresh directions find more of it than the iteration does
             elif len(smallest) == 2 and float(values[len(values) // 3]) <= _FLAT * smallest[1]:
-                shifted = _shifted(C, *smallest)
+                shifted = _shifted(C, smallest[0], smallest[1], space.spare())
                 if shifted is not None:
+                    space.exchange(inverse.factor)
                     inverse, space.shift = shifted, -float(shifted.added[0])
         if space.columns >= rank:
             yield space
@@ -191,18 +204,18 @@ class _Inverse:
     """V ↦ Y = (C + D)⁻¹ V with a diagonal D, and C Y, which is V − D Y."""
 
     def __init__(self, factor: torch.Tensor, added: torch.Tensor) -> None:
-        self._factor = factor
+        self.factor = factor
         self.added = added
         """D (d,)."""
 
     def __call__(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        Y = solve(self._factor, V)
+        Y = solve(self.factor, V)
         return Y, V - self.added[:, None] * Y
 
     @classmethod
-    def of(cls, C: torch.Tensor, added: torch.Tensor) -> _Inverse | None:
-        """None where C + D is not positive definite."""
-        S = C.clone()
+    def of(cls, C: torch.Tensor, added: torch.Tensor, memory: torch.Tensor) -> _Inverse | None:
+        """In ``memory`` (d, d); None where C + D is not positive definite."""
+        S = memory.copy_(C)
         S.diagonal().add_(added)
         factor = factorize_(S)
         return None if factor is None else cls(factor, added)
@@ -211,21 +224,26 @@ class _Inverse:
     def regularized(cls, C: torch.Tensor) -> _Inverse | None:
         """D relative to each entry, so that massive coordinates do not drown the others, and never nothing."""
         diagonal = C.diagonal()
-        return cls.of(C, 4 * len(C) * EPS * (diagonal + diagonal.mean()))
+        return cls.of(
+            C,
+            4 * len(C) * EPS * (diagonal + diagonal.mean()),
+            torch.empty_like(C, memory_format=torch.contiguous_format),
+        )
 
 
-def _shifted(C: torch.Tensor, first: float, second: float) -> _Inverse | None:
+def _shifted(C: torch.Tensor, first: float, second: float, memory: torch.Tensor) -> _Inverse | None:
     """At a shift just below the smallest eigenvalue; None where none is found.
 
     Args:
         first, second: smallest Ritz values after one block and after two. They approach the eigenvalue about as 1/k²
             (Saad 1980, for a spectrum without a gap), which leaves a third of their difference to go.
+        memory: (d, d) for the factor.
     """
     smallest = second - (first - second) / 3
     if smallest <= slack(C):
         return None
     for power in (1, 2, 3):
-        inverse = _Inverse.of(C, C.new_full((len(C),), -smallest * _SHIFT**power))
+        inverse = _Inverse.of(C, C.new_full((len(C),), -smallest * _SHIFT**power), memory)
         if inverse is not None:
             return inverse
     return None
