@@ -17,9 +17,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from kore_fast.constraint.factors import thin_factors
 from kore_fast.ops import nullspace
 from kore_fast.ops.dense import product
+from kore_fast.ops.factors import thin_factors
 
 GPU = torch.cuda.is_available()
 QUICKSTART = Path(__file__).resolve().parents[1] / "runs" / "quickstart" / "covariance"

@@ -13,22 +13,36 @@ __version__ = "0.1.0"
 _HOME = {
     "CovarianceStore": "kore_fast.constraint",
     "KoreConfig": "kore_fast.constraint",
+    "KoreLinear": "kore_fast.modules.linear",
     "collect_covariance": "kore_fast.constraint",
     "get_kore_model": "kore_fast.constraint",
     "load_kore_model": "kore_fast.modules.adapter",
+    "replace_linears": "kore_fast.constraint",
+    "save_adapter": "kore_fast.modules.linear",
     "to_zero_delta": "kore_fast.constraint",
 }
 
 if TYPE_CHECKING:
-    from kore_fast.constraint import CovarianceStore, KoreConfig, collect_covariance, get_kore_model, to_zero_delta
+    from kore_fast.constraint import (
+        CovarianceStore,
+        KoreConfig,
+        collect_covariance,
+        get_kore_model,
+        replace_linears,
+        to_zero_delta,
+    )
     from kore_fast.modules.adapter import load_kore_model
+    from kore_fast.modules.linear import KoreLinear, save_adapter
 
 __all__ = [
     "CovarianceStore",
     "KoreConfig",
+    "KoreLinear",
     "collect_covariance",
     "get_kore_model",
     "load_kore_model",
+    "replace_linears",
+    "save_adapter",
     "to_zero_delta",
 ]
 

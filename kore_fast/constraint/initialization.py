@@ -12,6 +12,7 @@ from torch import nn
 from kore_fast.constraint.distributed import Ranks
 from kore_fast.constraint.factor_checkpoint import remove_factors
 from kore_fast.constraint.factors import Solve, kore_factors, linear_of
+from kore_fast.constraint.leak import LayerLeak
 from kore_fast.constraint.ranks import FixedRank, choose_ranks, parse_rank_choice
 from kore_fast.constraint.residual import check_plain, to_residual
 from kore_fast.constraint.selection import select_linears, target_pattern
@@ -19,6 +20,7 @@ from kore_fast.constraint.spectrum import spectra
 from kore_fast.constraint.store import CovarianceStore
 from kore_fast.constraint.weights import LayerWeight
 from kore_fast.errors import ConstraintError
+from kore_fast.ops.backends import Backend
 from kore_fast.ops.nullspace import Method
 
 if TYPE_CHECKING:
@@ -71,6 +73,44 @@ def layer_ranks(model: nn.Module, config: KoreConfig, store: CovarianceStore) ->
     fixed = isinstance(choice, FixedRank)
     device = next(model.parameters()).device
     return choose_ranks(choice, [] if fixed else spectra(store, config.source_weights, layers, device=device), shapes)
+
+
+def replace_linears(
+    model: nn.Module,
+    store: CovarianceStore,
+    rank: int | Mapping[str, Any] = 256,
+    target_modules: str | Sequence[str] | None = None,
+    *,
+    source_weights: Mapping[str, float] | None = None,
+    backend: Backend = "auto",
+) -> list[LayerLeak]:
+    """Swap linear layers for `KoreLinear` in place, A in the null space of old knowledge; no PEFT needed.
+
+    The rest of the model is frozen, so that B of each layer is what trains. With B = 0 the logits are the model's own,
+    bit for bit. `save_adapter` writes what is trained as an ordinary adapter.
+
+    Args:
+        rank, target_modules, source_weights: see `KoreConfig`.
+        backend: see `ops.frozen_lora`.
+
+    Returns:
+        The leak of every layer, in the model's order.
+
+    Raises:
+        StoreError, ConstraintError: see `kore_factors`; also a layer that is not a plain `nn.Linear`.
+    """
+    from kore_fast.modules.linear import check_plain_linear, kore_linears, swap_linears
+
+    config = KoreConfig(rank=rank, target_modules=target_modules, source_weights=source_weights)
+    for name in select_linears(model, target_modules):
+        check_plain_linear(name, model.get_submodule(name))
+    ranks = None if isinstance(rank, int) else layer_ranks(model, config, store)
+    factors, leaks = kore_factors(model, config, store, ranks=ranks, b0=False)
+    swap_linears(model, {name: found.A for name, found in factors.items()}, backend=backend)
+    layers = kore_linears(model)
+    for found in leaks:
+        layers[found.layer].leak = found.leak
+    return leaks
 
 
 def get_kore_model(

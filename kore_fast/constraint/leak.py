@@ -9,7 +9,7 @@ import torch
 
 from kore_fast.constraint.store import CovarianceStore
 from kore_fast.ops import NullSpace
-from kore_fast.ops.dense import product
+from kore_fast.ops.factors import leak
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,6 @@ class LayerLeak:
     lambda_max: float | None
     shares: str
     """The distinct input that the layer reads."""
-
-
-def leak(A: torch.Tensor, C: torch.Tensor) -> float:
-    """Leak of A (r, d) against C (d, d): tr(A C Aᵀ)·d / (‖A‖_F²·tr C), in float64."""
-    A64, C64 = A.detach().to(torch.float64), C.to(torch.float64)
-    scale = A64.square().sum() * C64.diagonal().sum()
-    return float((product(A64, C64) * A64).sum() * C64.shape[0] / scale) if float(scale) > 0 else 0.0
 
 
 def layer_leak(

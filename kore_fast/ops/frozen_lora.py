@@ -59,7 +59,8 @@ def frozen_lora(
         dropout: probability at which an element of x is left out of the adapter's part; the others are divided by
             1 − dropout. The mask is made from ``seed``, in backward again, and never kept.
         seed: of the dropout; default a new one from torch's generator of the CPU.
-        backend: ``"reference"`` (plain PyTorch), ``"native"`` (compiled), ``"triton"``, or ``"auto"``.
+        backend: ``"reference"`` (plain PyTorch), ``"native"`` (compiled), ``"triton"``, or ``"auto"``: the fastest that
+            leaves y the base's bit for bit where B is 0.
 
     Under autocast all but B are cast to its dtype, as in `torch.nn.functional.linear`.
 
@@ -184,7 +185,7 @@ def _forward_many(
     biases = [b if len(b) else None for b in bias]
     _check(x, [w.detach() for w in W], [a.detach() for a in A], B, biases, scaling, dropout)
     rows = x.reshape(-1, x.shape[-1])
-    ys, zs = _backend(backend, x).forward(rows, W, A, B, biases, scaling, _kept(rows, dropout, seed))
+    ys, zs = _backend(backend, x, backward=False).forward(rows, W, A, B, biases, scaling, _kept(rows, dropout, seed))
     return [part.view(*x.shape[:-1], part.shape[-1]) for part in (*ys, *zs)]
 
 
@@ -224,7 +225,7 @@ def _backward(
     lead, d_in = dy[0].shape[:-1], W[0].shape[1]
     flat = [part.reshape(-1, part.shape[-1]) for part in dy]
     kept = _kept(flat[0].new_empty(len(flat[0]), d_in), dropout, seed) if dx else None
-    found, dBs = _backend(backend, dy[0]).backward(
+    found, dBs = _backend(backend, dy[0], backward=True).backward(
         flat, [part.reshape(-1, part.shape[-1]) for part in z], W, A, B, scaling, kept, dx, dB
     )
     return [*([] if found is None else [found.view(*lead, d_in)]), *dBs]
@@ -350,12 +351,7 @@ def _kept(like: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None:
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
-def _backend(backend: str, x: torch.Tensor) -> Any:
-    return choose("frozen_lora", backend, x.device, _preferences(x))
-
-
-def _preferences(x: torch.Tensor) -> tuple[str, ...]:
-    """Backends in the order in which they are tried, fastest first."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        return ("native", "reference")
-    return ("reference",)
+def _backend(backend: str, x: torch.Tensor, *, backward: bool) -> Any:
+    # Forward, "auto" leaves the base's product to the vendor: where B is 0, y is then the base's bit for bit.
+    compiled = backward and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return choose("frozen_lora", backend, x.device, ("native", "reference") if compiled else ("reference",))

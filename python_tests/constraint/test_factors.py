@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kore_fast.constraint import CovarianceStore, KoreConfig, collect_covariance, kore_factors, select_linears
 from kore_fast.constraint import factors as module
-from kore_fast.constraint.factors import Solve, nullspace_factors, thin_factors
+from kore_fast.constraint.factors import Solve
 from kore_fast.errors import ConstraintError
 from kore_fast.ops.dense import product
+from kore_fast.ops.factors import nullspace_factors, thin_factors
 
 RANK = 8
 

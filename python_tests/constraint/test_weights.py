@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from kore_fast.constraint import KoreConfig, collect_covariance, get_kore_model, kore_factors
-from kore_fast.constraint.factors import nullspace_factors
 from kore_fast.constraint.weights import LayerWeight
 from kore_fast.errors import ConstraintError
+from kore_fast.ops.factors import nullspace_factors
 
 BLOCK = 8
 CODE = torch.linspace(-1, 1, 16)

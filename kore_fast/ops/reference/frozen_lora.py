@@ -20,7 +20,7 @@ def forward(
     ys, zs = [], []
     for W_i, A_i, B_i, bias_i, s in zip(W, A, B, bias, scaling, strict=True):
         z = thinned @ A_i.mT
-        y = x @ W_i.mT if bias_i is None else torch.addmm(bias_i, x, W_i.mT)
+        y = torch.nn.functional.linear(x, W_i, bias_i)
         ys.append(y.addmm_(z, B_i.mT.to(z.dtype), alpha=s))
         zs.append(z)
     return ys, zs
