@@ -16,6 +16,7 @@ from torch import nn
 
 from kore_fast.errors import ConstraintError
 from kore_fast.files import read_json, write_json
+from kore_fast.modules.lora import use_kore_layers
 
 METADATA = "kore.json"
 
@@ -98,7 +99,7 @@ def attach_lora(model: nn.Module, config: LoraConfig, factors: Mapping[str, torc
     Raises:
         ConstraintError: the configuration's layers or their ranks are not those of the factors; names the layer.
     """
-    peft_model = cast(PeftModel, get_peft_model(model, config))
+    peft_model = cast(PeftModel, get_peft_model(model, use_kore_layers(config)))
     layers = lora_layers(peft_model)
     if set(layers) != set(factors):
         odd = sorted(set(layers) ^ set(factors))[0]
@@ -183,7 +184,8 @@ def load_kore_model(model: nn.Module, folder: str | Path, *, is_trainable: bool 
     """
     if not is_kore_adapter(folder):
         raise ConstraintError(f"{folder}: no {METADATA}, so not an adapter of get_kore_model; load it with plain PEFT")
-    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    config = use_kore_layers(LoraConfig.from_pretrained(str(folder)))
+    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, config=config)
     config = peft_model.peft_config["default"]
     refuse_dropout(getattr(config, "lora_dropout", 0.0))
     kore = read_json(Path(folder) / METADATA)

@@ -1,0 +1,67 @@
+"""PEFT's LoRA layer with the frozen-A operation in its forward pass; in everything else it is PEFT's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from kore_fast.ops import frozen_lora
+
+
+class KoreLoraLinear(Linear):
+    """PEFT's `lora.Linear`; where one adapter is active, its A frozen and nothing out of the ordinary asked for, the
+    forward pass is `ops.frozen_lora`. With B = 0 that is the base layer's, bit for bit."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(…, in_features) → (…, out_features)."""
+        name = None if args or any(value is not None for value in kwargs.values()) else self._fused(x)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        return frozen_lora(x, base.weight, A.to(x.dtype), B, base.bias, scaling=self.scaling[name])
+
+    def _fused(self, x: torch.Tensor) -> str | None:
+        """The one adapter that the operation can run; None where PEFT's own forward pass is called for."""
+        if self.disable_adapters or self.merged:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or active[0] in getattr(self, "lora_variant", {}):
+            return None
+        (name,) = active
+        base, A, B = self.get_base_layer(), self.lora_A[name], self.lora_B[name]
+        W = base.weight
+        plain = (
+            type(base) is nn.Linear
+            and not any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
+            and type(A) is type(B) is nn.Linear
+            and isinstance(self.lora_dropout[name], nn.Identity)
+            and B.bias is None
+            # A sharded weight is gathered by the layer's own forward pass.
+            and not any(
+                hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id") for tensor in (W, A.weight, B.weight)
+            )
+        )
+        if not plain or W.requires_grad or A.weight.requires_grad:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return name if B.weight.dtype == torch.float32 else None
+        same = x.dtype == W.dtype and W.is_floating_point()
+        return name if same and torch.promote_types(B.weight.dtype, x.dtype) == B.weight.dtype else None
+
+
+def use_kore_layers(config: LoraConfig) -> LoraConfig:
+    """Make PEFT build `KoreLoraLinear` for plain linear layers; it does not go into the saved configuration."""
+    config._register_custom_module({nn.Linear: _layer_for})
+    return config
+
+
+def _layer_for(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
+    """PEFT asks also for subclasses (quantised layers): those are left to PEFT."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return KoreLoraLinear(target, adapter_name, **kwargs) if type(base) is nn.Linear else None
