@@ -219,8 +219,9 @@ def _env() -> int:
 
     print(f"native build  {native()}")
     for device in ["cpu", *(["cuda"] if devices else [])]:
-        for backend, reason in describe("covariance", torch.device(device)):
-            print(f"covariance    {backend} on {device}: {reason or 'yes'}")
+        for operation in ("covariance", "frozen_lora"):
+            for backend, reason in describe(operation, torch.device(device)):
+                print(f"{operation:<13} {backend} on {device}: {reason or 'yes'}")
     print("nullspace     truncated (block Krylov, with a proof of its leak) from width 768 on; below float64 eigh")
     print("              complement (of the largest, where rank is nearly width and only the span counts), likewise")
     return 0

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from kore_fast.ops.native.library import unavailable as unavailable
+from kore_fast.ops.native import library
 from kore_fast.ops.reference import frozen_lora as reference
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why it can't run on a device; None if it can."""
+    if device.type != "cpu":
+        return "the compiled kernels of this operation are for CPUs yet; use the reference"
+    return library.unavailable(device)
 
 
 def forward(
