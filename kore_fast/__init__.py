@@ -12,23 +12,29 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CovarianceStore": "kore_fast.constraint",
+    "KoreCallback": "kore_fast.training.callback",
     "KoreConfig": "kore_fast.constraint",
     "collect_covariance": "kore_fast.constraint",
     "get_kore_model": "kore_fast.constraint",
     "load_kore_model": "kore_fast.modules.adapter",
+    "save_kore_adapter": "kore_fast.modules.saving",
     "to_zero_delta": "kore_fast.constraint",
 }
 
 if TYPE_CHECKING:
     from kore_fast.constraint import CovarianceStore, KoreConfig, collect_covariance, get_kore_model, to_zero_delta
     from kore_fast.modules.adapter import load_kore_model
+    from kore_fast.modules.saving import save_kore_adapter
+    from kore_fast.training.callback import KoreCallback
 
 __all__ = [
     "CovarianceStore",
+    "KoreCallback",
     "KoreConfig",
     "collect_covariance",
     "get_kore_model",
     "load_kore_model",
+    "save_kore_adapter",
     "to_zero_delta",
 ]
 
