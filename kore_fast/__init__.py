@@ -12,13 +12,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CovarianceStore": "kore_fast.constraint",
+    "KoreCallback": "kore_fast.training.callback",
     "KoreConfig": "kore_fast.constraint",
     "KoreLinear": "kore_fast.modules.linear",
     "collect_covariance": "kore_fast.constraint",
     "get_kore_model": "kore_fast.constraint",
     "load_kore_model": "kore_fast.modules.adapter",
     "replace_linears": "kore_fast.constraint",
-    "save_adapter": "kore_fast.modules.linear",
+    "save_kore_adapter": "kore_fast.modules.saving",
     "to_zero_delta": "kore_fast.constraint",
 }
 
@@ -32,17 +33,20 @@ if TYPE_CHECKING:
         to_zero_delta,
     )
     from kore_fast.modules.adapter import load_kore_model
-    from kore_fast.modules.linear import KoreLinear, save_adapter
+    from kore_fast.modules.linear import KoreLinear
+    from kore_fast.modules.saving import save_kore_adapter
+    from kore_fast.training.callback import KoreCallback
 
 __all__ = [
     "CovarianceStore",
+    "KoreCallback",
     "KoreConfig",
     "KoreLinear",
     "collect_covariance",
     "get_kore_model",
     "load_kore_model",
     "replace_linears",
-    "save_adapter",
+    "save_kore_adapter",
     "to_zero_delta",
 ]
 

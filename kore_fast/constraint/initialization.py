@@ -87,7 +87,7 @@ def replace_linears(
     """Swap linear layers for `KoreLinear` in place, A in the null space of old knowledge; no PEFT needed.
 
     The rest of the model is frozen, so that B of each layer is what trains. With B = 0 the logits are the model's own,
-    bit for bit. `save_adapter` writes what is trained as an ordinary adapter.
+    bit for bit. `save_kore_adapter` writes what is trained as an ordinary adapter.
 
     Args:
         rank, target_modules, source_weights: see `KoreConfig`.

@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kore_fast.errors import ConstraintError
-from kore_fast.files import read_json, write_json
+from kore_fast.files import atomic_path, read_json, write_json
 from kore_fast.modules.lora import use_kore_layers
+from kore_fast.modules.sharding import first_rank, is_sharded, plain_name, whole
 
 METADATA = "kore.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 class KorePeftModel(PeftModel):
@@ -30,23 +34,62 @@ class KorePeftModel(PeftModel):
     kore: dict[str, Any]
     # In the residual form: B0 by layer, for `to_zero_delta`.
     kore_residual: dict[str, torch.Tensor] | None
+    # A by layer on the CPU, where a saver gives one rank a state without what is frozen (Trainer under ZeRO-3).
+    kore_lora_a: dict[str, torch.Tensor] | None = None
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT. Raises `ConstraintError` when A has changed or the base is still the residual one."""
+        """As in PEFT, and no file lacks A.
+
+        Where parameters are sharded and no ``state_dict`` is given, every rank must call this; rank 0 writes.
+
+        Raises:
+            ConstraintError: A has changed, the base is still the residual one, or ``state_dict`` is not whole.
+        """
         if self.kore_residual is not None:
             raise ConstraintError(
                 "this model is in the paper's residual form: its adapter fits only W0 − B0·A. Call "
                 "kore_fast.to_zero_delta(model) first; the function stays the same and the adapter fits W0"
             )
-        check_lora_a(self)
+        given = kwargs.get("state_dict")
+        if given is not None:
+            kwargs["state_dict"] = complete_state(self, given)
+        elif is_sharded(self):
+            check_lora_a(self)
+            kwargs["state_dict"] = adapter_state(self)
+            kwargs.setdefault("is_main_process", first_rank())
+        else:
+            check_lora_a(self)
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_json(Path(save_directory) / METADATA, self.kore)
+        if kwargs.get("is_main_process", True):
+            _add_left_out(self, Path(save_directory) / WEIGHTS, kwargs.get("state_dict"))
+            write_json(Path(save_directory) / METADATA, self.kore)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; A stays frozen."""
+        super().set_adapter(*args, **kwargs)
+        self._keep_a_frozen()
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; A stays frozen."""
+        super().set_requires_grad(*args, **kwargs)
+        self._keep_a_frozen()
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT (Trainer resumes with it); A stays frozen. Raises `ConstraintError` when it is another A."""
+        result = super().load_adapter(*args, **kwargs)
+        self._keep_a_frozen()
+        check_lora_a(self)
+        return result
+
+    def _keep_a_frozen(self) -> None:
+        if not self.kore.get("train_a"):
+            freeze_lora_a(self)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The model's LoRA layers by the name of the layer that they adapt (PEFT's prefix taken off)."""
     return {
-        name.removeprefix("base_model.model."): module
+        plain_name(name).removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
@@ -130,27 +173,105 @@ def freeze_lora_a(model: nn.Module, adapter_name: str = "default") -> None:
 
 def lora_a_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Hex SHA-256 over (layer name, A in float32) pairs, sorted by name."""
+    return _hash_in_order(sorted(tensors, key=lambda pair: pair[0]))
+
+
+def _hash_in_order(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+    for name, tensor in tensors:
         digest.update(f"{name}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def model_lora_a_hash(model: nn.Module, adapter_name: str = "default") -> str:
-    """`lora_a_hash` of a model's adapter."""
-    return lora_a_hash((name, layer.lora_A[adapter_name].weight) for name, layer in lora_layers(model).items())
+    """`lora_a_hash` of a model's adapter. Where A is sharded, every rank must call this."""
+    layers = lora_layers(model)
+    # One whole A at a time.
+    return _hash_in_order((name, whole(layers[name].lora_A[adapter_name].weight)) for name in sorted(layers))
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's parameters and those trained beside it, whole, by their names in the model.
+
+    On the CPU of rank 0; other ranks get an empty one. Where parameters are sharded, every rank must call this.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        name = plain_name(name)
+        if ".lora_" in name or ".modules_to_save." in name or parameter.requires_grad:
+            tensor = whole(parameter)
+            if first_rank():
+                state[name] = tensor.detach().cpu()
+    return state
+
+
+def complete_state(model: KorePeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's state as a saver gathered it, with the A that it may have left out.
+
+    Raises:
+        ConstraintError: parameters of the adapter are missing, or A is not the one at initialisation.
+    """
+    state = dict(state)
+    for name, A in (model.kore_lora_a or {}).items():
+        state.setdefault(state_key(name, "A"), A)
+    names = list(lora_layers(model))
+    for name in names:
+        for key in (state_key(name, "A"), state_key(name, "B")):
+            # One rank alone cannot gather a sharded tensor either.
+            if key not in state or hasattr(state[key], "full_tensor"):
+                raise ConstraintError(
+                    f"{name}: the state to save lacks a whole {key}: under ZeRO-3 and FSDP savers leave out what is "
+                    "frozen, and PEFT would fill it with chance when loading. Give the Trainer "
+                    "kore_fast.KoreCallback(), or save with kore_fast.save_kore_adapter(model, folder) on every rank"
+                )
+    _check_hash(model, lambda: lora_a_hash((name, state[state_key(name, "A")]) for name in names))
+    return state
+
+
+def state_key(name: str, part: str) -> str:
+    """The name in a model's state of a layer's ``"A"`` or ``"B"``."""
+    return f"base_model.model.{name}.lora_{part}.default.weight"
+
+
+def saved_key(name: str, part: str) -> str:
+    """The name in an adapter's file of a layer's ``"A"`` or ``"B"``."""
+    return f"base_model.model.{name}.lora_{part}.weight"
+
+
+def _add_left_out(model: KorePeftModel, path: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    """Give the file the layers that PEFT passes over: those inside an activation checkpoint, whose names have changed.
+
+    ``state`` is the model's; None takes it from the model.
+    """
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        found = set(file.keys())
+    missing = {}
+    for name, layer in lora_layers(model).items():
+        for part, modules in (("A", layer.lora_A), ("B", layer.lora_B)):
+            if saved_key(name, part) not in found:
+                weight = modules["default"].weight if state is None else state[state_key(name, part)]
+                missing[saved_key(name, part)] = weight.detach().cpu().contiguous()
+    if missing:
+        with atomic_path(path) as temporary:
+            save_file({**load_file(path), **missing}, temporary, metadata={"format": "pt"})
 
 
 def check_lora_a(model: KorePeftModel) -> None:
-    """Law 2: A never changes.
+    """Law 2: A never changes. Where A is sharded, every rank must call this.
 
     Raises:
         ConstraintError: A differs from the A at initialisation.
     """
+    _check_hash(model, lambda: model_lora_a_hash(model))
+
+
+def _check_hash(model: KorePeftModel, hash_now: Callable[[], str]) -> None:
     if model.kore.get("train_a"):
         return
-    found = model_lora_a_hash(model)
+    found = hash_now()
     if found != model.kore["lora_a_sha256"]:
         raise ConstraintError(
             f"lora_A has changed: its SHA-256 is {found[:12]}…, at initialisation it was "

@@ -190,12 +190,9 @@ def kore_linears(model: nn.Module) -> dict[str, KoreLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, KoreLinear)}
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None = None) -> None:
+def save_linears(model: nn.Module, folder: str | Path) -> None:
     """Write the model's `KoreLinear` layers as an ordinary PEFT adapter: ``adapter_config.json`` and
     ``adapter_model.safetensors``.
-
-    Args:
-        base_model: path or name of the base, for whoever loads the adapter.
 
     Raises:
         ConstraintError: no `KoreLinear` in the model.
@@ -209,7 +206,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
     alphas = {name: layer.rank * layer.scaling for name, layer in layers.items()}
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,

@@ -13,7 +13,7 @@ from torch import nn
 import kore_fast as kf
 from kore_fast.constraint import select_linears
 from kore_fast.errors import ConstraintError
-from kore_fast.modules.linear import kore_linears
+from kore_fast.modules.linear import kore_linears, save_linears
 
 D_IN, D_OUT, RANK = 32, 24, 5
 
@@ -158,7 +158,7 @@ def test_a_whole_model_and_plain_peft(
     after = logits(tiny_model, batch)
     assert not torch.allclose(after, before)
 
-    kf.save_adapter(tiny_model, tmp_path / "adapter", base_model=str(tiny_model_folder))
+    kf.save_kore_adapter(tiny_model, tmp_path / "adapter")
     base = transformers.AutoModelForImageTextToText.from_pretrained(tiny_model_folder).eval()
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(loaded, batch), after, rtol=1e-4, atol=1e-4)
@@ -166,7 +166,7 @@ def test_a_whole_model_and_plain_peft(
 
 def test_a_model_without_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConstraintError, match="no KoreLinear"):
-        kf.save_adapter(nn.Linear(3, 3), tmp_path)
+        save_linears(nn.Linear(3, 3), tmp_path)
 
 
 def test_none_is_swapped_where_one_cannot_be(tiny_model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
