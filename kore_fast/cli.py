@@ -7,9 +7,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import kore_fast
 from kore_fast.errors import KoreError
+
+if TYPE_CHECKING:
+    import torch
 
 STAGES = {
     "augment": "items → samples and held-out questions",
@@ -32,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _env()
         if options.command == "spectrum":
             return _spectrum(options)
+        if options.command == "verify":
+            return _verify(options)
         return _run(options)
     except KoreError as error:
         print(f"kore-fast: {error}", file=sys.stderr)
@@ -67,9 +73,28 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--device", default="cpu", help="where to compute eigenvalues (default: cpu)")
     spectrum.add_argument("--output", type=Path, metavar="DIR", help="default: spectrum/ beside the covariance folder")
     spectrum.add_argument("--verbose", action="store_true", help="say more about what is done")
+    verify = commands.add_parser("verify", help="an adapter → does it fit its model, do its hash and leak still hold")
+    _adapter_and_model(verify)
+    verify.add_argument(
+        "--covariance",
+        type=Path,
+        metavar="STORE",
+        help="covariances to compare with (default: those of the adapter's run)",
+    )
+    verify.add_argument("--pad", type=Path, metavar="OUT", help="also write a copy with the next rank that vLLM takes")
     env = commands.add_parser("env", help="versions, devices and what was built")
     env.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _adapter_and_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("adapter", type=Path, help="a LoRA adapter's folder")
+    command.add_argument("--model", required=True, metavar="PATH", help="the base model: a folder or a hub name")
+    command.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: as stored"
+    )
+    command.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+    command.add_argument("--verbose", action="store_true", help="say more about what is done")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -136,6 +161,36 @@ def _spectrum(options: argparse.Namespace) -> int:
     picture = draw_tails(output)
     print(f"{spectrum_table(output)}\n\nThe table by layer: {output / 'spectrum.csv'}\nThe plot: {picture}")
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from kore_fast.constraint.store import CovarianceStore
+    from kore_fast.constraint.verification import find_store, verify_adapter
+    from kore_fast.modules.adapter_files import pad_adapter
+    from kore_fast.modules.loading import quiet_transformers
+
+    if not options.verbose:
+        quiet_transformers()
+    path = options.covariance or find_store(options.adapter)
+    store = CovarianceStore.load(path) if path else None
+    checks = verify_adapter(
+        options.adapter, options.model, store, dtype=_dtype(options.dtype), device=_device(options.device)
+    )
+    for check in checks:
+        print(f"{check.name:<9} {check.status:<8} {check.detail}")
+    failed = [check.name for check in checks if check.status == "FAILED"]
+    if options.pad and not failed:
+        rank = pad_adapter(options.adapter, options.pad)
+        print(f"\nThe adapter with rank {rank} in every layer: {options.pad}")
+    elif options.pad:
+        print(f"\nNot padded: {', '.join(failed)} failed")
+    return 1 if failed else 0
+
+
+def _dtype(name: str) -> torch.dtype | Literal["auto"]:
+    import torch
+
+    return "auto" if name == "auto" else getattr(torch, name)
 
 
 def _weights(texts: Sequence[str]) -> dict[str, float] | None:

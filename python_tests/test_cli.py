@@ -238,6 +238,33 @@ def test_spectrum_s_errors(
     assert not output.exists()
 
 
+def test_verify_prints_a_line_a_check(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kore_fast.recipe.schema import load_recipe
+
+    adapter, model = finished / "run" / "train" / "kore" / "adapter", str(load_recipe(finished).model_path())
+    command = ["verify", str(adapter), "--model", model]
+    capsys.readouterr()
+    assert main([*command, "--pad", str(tmp_path / "padded")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:7]] == [
+        [name, "ok"] for name in ("files", "layers", "function", "A", "base", "leak", "rank")
+    ]
+    assert main(["verify", str(tmp_path / "padded"), "--model", model]) == 0
+    # Out of its run's folder the store is not found, and then it is given.
+    assert "leak      skipped" in capsys.readouterr().out
+    store = ["--covariance", str(finished / "run" / "covariance")]
+    assert main(["verify", str(tmp_path / "padded"), "--model", model, *store]) == 0
+    assert "leak      ok" in capsys.readouterr().out
+
+    start = finished / "run" / "init" / "kore"
+    assert main(["verify", str(start), "--model", model, "--pad", str(tmp_path / "not")]) == 1
+    out = capsys.readouterr().out
+    assert "function  FAILED   B is zero: not trained" in out
+    assert "Not padded: function failed" in out
+    assert not (tmp_path / "not").exists()
+    assert "cannot load a model" in fails(capsys, "verify", adapter, "--model", tmp_path / "nothing")
+
+
 def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     out = capsys.readouterr().out
