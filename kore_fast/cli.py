@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _spectrum(options)
         if options.command == "verify":
             return _verify(options)
+        if options.command == "merge":
+            return _merge(options)
         return _run(options)
     except KoreError as error:
         print(f"kore-fast: {error}", file=sys.stderr)
@@ -82,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         help="covariances to compare with (default: those of the adapter's run)",
     )
     verify.add_argument("--pad", type=Path, metavar="OUT", help="also write a copy with the next rank that vLLM takes")
+    merge = commands.add_parser("merge", help="an adapter and its base → one ordinary model")
+    _adapter_and_model(merge)
+    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the model")
     env = commands.add_parser("env", help="versions, devices and what was built")
     env.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -185,6 +190,22 @@ def _verify(options: argparse.Namespace) -> int:
     elif options.pad:
         print(f"\nNot padded: {', '.join(failed)} failed")
     return 1 if failed else 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from kore_fast.modules.loading import quiet_transformers
+    from kore_fast.modules.merging import merge_adapter
+
+    if not options.verbose:
+        quiet_transformers()
+    merged = merge_adapter(
+        options.adapter, options.model, options.output, dtype=_dtype(options.dtype), device=_device(options.device)
+    )
+    print(
+        f"{merged.layers} layers merged in {merged.dtype}; logits differ from the adapter's by {merged.difference:.2g} "
+        f"of their size (at most {merged.allowed:.2g} by rounding)\n\nThe model: {options.output}"
+    )
+    return 0
 
 
 def _dtype(name: str) -> torch.dtype | Literal["auto"]:

@@ -265,6 +265,21 @@ def test_verify_prints_a_line_a_check(finished: Path, tmp_path: Path, capsys: py
     assert "cannot load a model" in fails(capsys, "verify", adapter, "--model", tmp_path / "nothing")
 
 
+def test_merge_makes_a_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kore_fast.modules.loading import load_model, load_processor
+    from kore_fast.recipe.schema import load_recipe
+
+    adapter, model = finished / "run" / "train" / "kore" / "adapter", str(load_recipe(finished).model_path())
+    command = ["merge", str(adapter), "--model", model, "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "14 layers merged in bfloat16" in out
+    assert str(tmp_path / "out") in out
+    assert next(load_model(tmp_path / "out", "auto").parameters()).dtype == torch.bfloat16
+    assert hasattr(load_processor(tmp_path / "out"), "image_processor")
+    assert "not empty" in fails(capsys, *command)
+
+
 def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     out = capsys.readouterr().out
