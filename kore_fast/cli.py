@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _verify(options)
         if options.command == "merge":
             return _merge(options)
+        if options.command == "import-kore":
+            return _import_kore(options)
         return _run(options)
     except KoreError as error:
         print(f"kore-fast: {error}", file=sys.stderr)
@@ -87,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="an adapter and its base → one ordinary model")
     _adapter_and_model(merge)
     merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the model")
+    imports = commands.add_parser("import-kore", help="a checkpoint of the paper's own code → an ordinary adapter")
+    imports.add_argument("checkpoint", type=Path, help="the folder that its training saved, or one safetensors file")
+    imports.add_argument("--model", required=True, metavar="PATH", help="the base model that it started from")
+    imports.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the adapter")
+    imports.add_argument("--verbose", action="store_true", help="say more about what is done")
     env = commands.add_parser("env", help="versions, devices and what was built")
     env.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -204,6 +211,35 @@ def _merge(options: argparse.Namespace) -> int:
     print(
         f"{merged.layers} layers merged in {merged.dtype}; logits differ from the adapter's by {merged.difference:.2g} "
         f"of their size (at most {merged.allowed:.2g} by rounding)\n\nThe model: {options.output}"
+    )
+    return 0
+
+
+def _import_kore(options: argparse.Namespace) -> int:
+    from collections import Counter
+
+    from kore_fast.constraint.official import import_official
+    from kore_fast.modules.loading import quiet_transformers
+    from kore_fast.progress import bar
+
+    if not options.verbose:
+        quiet_transformers()
+    made = import_official(
+        options.checkpoint,
+        options.model,
+        options.output,
+        progress=lambda layers: bar(layers, len(layers), "layers"),
+    )
+    for trained, count in Counter(made.trained.values()).items():
+        ranks = sorted({made.ranks[name] for name, what in made.trained.items() if what == trained})
+        print(f"{count} layers of which {trained} was trained: rank {', '.join(map(str, ranks))}")
+    if set(made.trained.values()) != {"B"}:
+        print("A did not stay frozen, so there is no null space to guard: an ordinary LoRA adapter without kore.json")
+    if made.modules:
+        print(f"Trained in full, and so in modules_to_save: {', '.join(made.modules)}")
+    print(
+        f"Not explained: at most {made.misfit:.2g} of a weight, {made.misfit_of_change:.2g} of what a layer learned "
+        f"(rounding of {made.dtype}; most in {made.worst})\n\nThe adapter: {options.output}"
     )
     return 0
 

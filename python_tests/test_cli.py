@@ -280,6 +280,34 @@ def test_merge_makes_a_model(finished: Path, tmp_path: Path, capsys: pytest.Capt
     assert "not empty" in fails(capsys, *command)
 
 
+def test_import_kore_says_what_it_found(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    from kore_fast.modules.loading import load_model
+
+    state = dict(load_model(tiny_model_folder).state_dict())
+    name = "model.language_model.layers.0.mlp.up_proj"
+    weight = state.pop(f"{name}.weight")
+    torch.manual_seed(0)
+    A, B0 = torch.randn(3, 32), torch.randn(64, 3)
+    state |= {
+        f"{name}.weight_residual": weight - B0 @ A,
+        f"{name}.BLinear.weight": A,
+        f"{name}.ALinear.weight": B0 + 0.1,
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    command = ["import-kore", str(tmp_path), "--model", str(tiny_model_folder), "--output", str(tmp_path / "adapter")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "1 layers of which B was trained: rank 3" in out
+    assert "rounding of float32" in out
+    assert main(["verify", str(tmp_path / "adapter"), "--model", str(tiny_model_folder)]) == 0
+    assert "A         ok" in capsys.readouterr().out
+    assert "not empty" in fails(capsys, *command)
+
+
 def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     out = capsys.readouterr().out
