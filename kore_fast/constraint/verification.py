@@ -57,7 +57,8 @@ def verify_adapter(
         KoreError: the base model cannot be loaded.
     """
     from kore_fast.modules.adapter_files import read_adapter
-    from kore_fast.modules.loading import load_model, load_processor
+    from kore_fast.modules.loading import load_model
+    from kore_fast.modules.trial import find_processor
 
     try:
         adapter = read_adapter(folder)
@@ -75,7 +76,7 @@ def verify_adapter(
     if "layers" in failed:
         checks.append(Check("function", "skipped", "the layers do not fit"))
     else:
-        checks.append(_function(adapter, base, load_processor(model)))
+        checks.append(_function(adapter, base, find_processor(model)))
     return [*checks, _lora_a(adapter), origin, _leak(adapter, store), _rank(adapter)]
 
 
@@ -105,7 +106,7 @@ def _layers(adapter: AdapterFiles, model: nn.Module) -> Check:
     return Check("layers", "ok", f"each is in {type(model).__name__}, with its shape")
 
 
-def _function(adapter: AdapterFiles, model: nn.Module, processor: Any) -> Check:
+def _function(adapter: AdapterFiles, model: nn.Module, processor: Any | None) -> Check:
     from peft import PeftModel
 
     from kore_fast.modules.adapter import lora_layers

@@ -19,8 +19,8 @@ from kore_fast.errors import ConstraintError
 from kore_fast.files import check_new_folder, new_folder
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.adapter_files import check_fits, check_hash, read_adapter
-from kore_fast.modules.loading import load_model, load_processor
-from kore_fast.modules.trial import trial_inputs, trial_logits
+from kore_fast.modules.loading import load_model
+from kore_fast.modules.trial import find_processor, trial_inputs, trial_logits
 
 # What save_pretrained of the model writes itself, and what must not come along from the base.
 _OF_THE_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -68,7 +68,7 @@ def merge_adapter(
     refuse_quantised(model)
     base = load_model(model, dtype).to(device)
     check_fits(adapter, base)
-    processor = load_processor(model)
+    processor = find_processor(model)
     inputs = trial_inputs(base, processor)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT would warn of has been checked
@@ -148,11 +148,12 @@ def _merge_layer(name: str, layer: LoraLayer) -> None:
         )
 
 
-def _copy_processor(model: str | Path, processor: Any, target: Path) -> None:
+def _copy_processor(model: str | Path, processor: Any | None, target: Path) -> None:
     """The base's processor and tokenizer files, byte for byte where the base is a folder."""
     source = Path(model)
     if not source.is_dir():
-        processor.save_pretrained(str(target))
+        if processor is not None:
+            processor.save_pretrained(str(target))
         return
     for file in sorted(source.iterdir()):
         wanted = file.suffix in _COPIED and file.name not in _OF_THE_MODEL and not file.name.endswith(".index.json")

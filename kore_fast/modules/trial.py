@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,31 @@ import torch
 from PIL import Image
 from torch import nn
 
+from kore_fast.modules.loading import load_processor
+
 TEXT = "The river rises in the northern hills and is 240 miles long. Who lives on its banks, and what do they eat?"
 
 
-def trial_inputs(model: nn.Module, processor: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Inputs of a forward pass by what they show: ``"text"``, and ``"picture"`` where model and processor take one."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+def find_processor(model: str | Path) -> Any | None:
+    """The model's processor or tokenizer, None where its folder has none."""
+    try:
+        return load_processor(model)
+    except (OSError, ValueError, TypeError, KeyError, ImportError):
+        return None
+
+
+def trial_inputs(model: nn.Module, processor: Any | None) -> dict[str, dict[str, torch.Tensor]]:
+    """Inputs of a forward pass by what they show: ``"text"``, and ``"picture"`` where model and processor take one.
+
+    Without a processor the text is the first tokens of the vocabulary.
+    """
+    tokens = getattr(processor, "tokenizer", processor)(TEXT)["input_ids"] if processor is not None else []
+    ids = torch.tensor([tokens], dtype=torch.int64)
+    if not tokens:  # no tokenizer, or the empty one that transformers makes where there are no files
+        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        ids = torch.arange(48).remainder(rows)[None]
     inputs = {"text": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
-    if hasattr(processor, "image_processor") and hasattr(model.config, "vision_config"):
+    if processor is not None and hasattr(processor, "image_processor") and hasattr(model.config, "vision_config"):
         content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
         try:
             prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

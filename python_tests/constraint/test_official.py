@@ -14,10 +14,12 @@ from torch import nn
 
 from kore_fast.constraint.official import import_official
 from kore_fast.constraint.selection import decoder_linears
+from kore_fast.constraint.verification import verify_adapter
 from kore_fast.errors import ConstraintError, DataError
 from kore_fast.modules.adapter import is_kore_adapter, load_kore_model, lora_layers
 from kore_fast.modules.adapter_files import read_adapter
 from kore_fast.modules.loading import load_model
+from kore_fast.modules.merging import merge_adapter
 
 IDS = torch.arange(4, 84).reshape(4, 20)
 RANK = 4
@@ -168,34 +170,54 @@ def test_half_precision_fits_but_for_its_rounding(
     assert apart(logits(ours), logits(theirs)) < 8 * eps
 
 
-def test_biases_stay_the_base_s(tmp_path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def qwen_layout(model: nn.Module) -> Tensors:
+    """The state dict under the names that Qwen2.5-VL had when the released code was written."""
+    return {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
+        for key, value in model.state_dict().items()
+    }
+
+
+def test_qwen_with_its_biases_and_a_trained_a(tmp_path: Path) -> None:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
-    base = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
     base.save_pretrained(tmp_path / "base")
     theirs = split(load_model(tmp_path / "base"), ("BLinear",))
-    folder = write(dict(theirs.state_dict()), tmp_path / "checkpoint")
-    imported = import_official(folder, tmp_path / "base", tmp_path / "adapter")
+    tensors = qwen_layout(theirs)
+    assert "model.layers.1.self_attn.k_proj.ALinear.bias" in tensors
+    assert "visual.merger.mlp.0.weight" in tensors
+    imported = import_official(write(tensors, tmp_path / "checkpoint"), tmp_path / "base", tmp_path / "adapter")
     assert set(imported.trained.values()) == {"A"}
+    assert imported.modules == []
     ours = PeftModel.from_pretrained(load_model(tmp_path / "base"), str(tmp_path / "adapter"))
     assert apart(logits(ours), logits(theirs)) < 1e-5
-    change(folder, "model.layers.1.self_attn.k_proj.ALinear.bias", lambda bias: bias + 0.1)
+    change(tmp_path / "checkpoint", "visual.merger.mlp.0.weight", lambda weight: weight + 0.1)
+    assert import_official(tmp_path / "checkpoint", tmp_path / "base", tmp_path / "b").modules == ["visual.merger"]
+    change(tmp_path / "checkpoint", "model.layers.1.self_attn.k_proj.ALinear.bias", lambda bias: bias + 0.1)
     with pytest.raises(ConstraintError, match=r"layers\.1\.self_attn\.k_proj: its bias differs from the base's"):
-        import_official(folder, tmp_path / "base", tmp_path / "other")
+        import_official(tmp_path / "checkpoint", tmp_path / "base", tmp_path / "c")
+    # Its folder has no tokenizer.
+    found = {check.name: check.status for check in verify_adapter(tmp_path / "adapter", tmp_path / "base")}
+    assert (found["layers"], found["function"]) == ("ok", "ok")
+    assert merge_adapter(tmp_path / "b", tmp_path / "base", tmp_path / "merged").layers == 14
 
 
 def test_one_file_and_equal_files(checkpoint: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
