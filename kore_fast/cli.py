@@ -7,9 +7,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import kore_fast
 from kore_fast.errors import KoreError
+
+if TYPE_CHECKING:
+    import torch
 
 STAGES = {
     "augment": "items → samples and held-out questions",
@@ -36,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         with process_group():
             _refuse_several_processes(options.command)
-            return _spectrum(options) if options.command == "spectrum" else _run(options)
+            others = {"spectrum": _spectrum, "verify": _verify, "merge": _merge, "import-kore": _import_kore}
+            return others.get(options.command, _run)(options)
     except KoreError as error:
         from kore_fast.constraint.distributed import leave_process_group
 
@@ -95,9 +100,36 @@ def _parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--device", default="cpu", help="where to compute eigenvalues (default: cpu)")
     spectrum.add_argument("--output", type=Path, metavar="DIR", help="default: spectrum/ beside the covariance folder")
     spectrum.add_argument("--verbose", action="store_true", help="say more about what is done")
+    verify = commands.add_parser("verify", help="an adapter → does it fit its model, do its hash and leak still hold")
+    _adapter_and_model(verify)
+    verify.add_argument(
+        "--covariance",
+        type=Path,
+        metavar="STORE",
+        help="covariances to compare with (default: those of the adapter's run)",
+    )
+    verify.add_argument("--pad", type=Path, metavar="OUT", help="also write a copy with the next rank that vLLM takes")
+    merge = commands.add_parser("merge", help="an adapter and its base → one ordinary model")
+    _adapter_and_model(merge)
+    merge.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the model")
+    imports = commands.add_parser("import-kore", help="a checkpoint of the paper's own code → an ordinary adapter")
+    imports.add_argument("checkpoint", type=Path, help="the folder that its training saved, or one safetensors file")
+    imports.add_argument("--model", required=True, metavar="PATH", help="the base model that it started from")
+    imports.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the adapter")
+    imports.add_argument("--verbose", action="store_true", help="say more about what is done")
     env = commands.add_parser("env", help="versions, devices and what was built")
     env.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _adapter_and_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("adapter", type=Path, help="a LoRA adapter's folder")
+    command.add_argument("--model", required=True, metavar="PATH", help="the base model: a folder or a hub name")
+    command.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: as stored"
+    )
+    command.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+    command.add_argument("--verbose", action="store_true", help="say more about what is done")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -165,6 +197,81 @@ def _spectrum(options: argparse.Namespace) -> int:
     picture = draw_tails(output)
     print(f"{spectrum_table(output)}\n\nThe table by layer: {output / 'spectrum.csv'}\nThe plot: {picture}")
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from kore_fast.constraint.store import CovarianceStore
+    from kore_fast.constraint.verification import find_store, verify_adapter
+    from kore_fast.modules.adapter_files import pad_adapter
+    from kore_fast.modules.loading import quiet_transformers
+
+    if not options.verbose:
+        quiet_transformers()
+    path = options.covariance or find_store(options.adapter)
+    store = CovarianceStore.load(path) if path else None
+    checks = verify_adapter(
+        options.adapter, options.model, store, dtype=_dtype(options.dtype), device=_device(options.device)
+    )
+    for check in checks:
+        print(f"{check.name:<9} {check.status:<8} {check.detail}")
+    failed = [check.name for check in checks if check.status == "FAILED"]
+    if options.pad and not failed:
+        rank = pad_adapter(options.adapter, options.pad)
+        print(f"\nThe adapter with rank {rank} in every layer: {options.pad}")
+    elif options.pad:
+        print(f"\nNot padded: {', '.join(failed)} failed")
+    return 1 if failed else 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from kore_fast.modules.loading import quiet_transformers
+    from kore_fast.modules.merging import merge_adapter
+
+    if not options.verbose:
+        quiet_transformers()
+    merged = merge_adapter(
+        options.adapter, options.model, options.output, dtype=_dtype(options.dtype), device=_device(options.device)
+    )
+    print(
+        f"{merged.layers} layers merged in {merged.dtype}; logits differ from the adapter's by {merged.difference:.2g} "
+        f"of their size (at most {merged.allowed:.2g} by rounding)\n\nThe model: {options.output}"
+    )
+    return 0
+
+
+def _import_kore(options: argparse.Namespace) -> int:
+    from collections import Counter
+
+    from kore_fast.constraint.official import import_official
+    from kore_fast.modules.loading import quiet_transformers
+    from kore_fast.progress import bar
+
+    if not options.verbose:
+        quiet_transformers()
+    made = import_official(
+        options.checkpoint,
+        options.model,
+        options.output,
+        progress=lambda layers: bar(layers, len(layers), "layers"),
+    )
+    for trained, count in Counter(made.trained.values()).items():
+        ranks = sorted({made.ranks[name] for name, what in made.trained.items() if what == trained})
+        print(f"{count} layers of which {trained} was trained: rank {', '.join(map(str, ranks))}")
+    if set(made.trained.values()) != {"B"}:
+        print("A did not stay frozen, so there is no null space to guard: an ordinary LoRA adapter without kore.json")
+    if made.modules:
+        print(f"Trained in full, and so in modules_to_save: {', '.join(made.modules)}")
+    print(
+        f"Not explained: at most {made.misfit:.2g} of a weight, {made.misfit_of_change:.2g} of what a layer learned "
+        f"(rounding of {made.dtype}; most in {made.worst})\n\nThe adapter: {options.output}"
+    )
+    return 0
+
+
+def _dtype(name: str) -> torch.dtype | Literal["auto"]:
+    import torch
+
+    return "auto" if name == "auto" else getattr(torch, name)
 
 
 def _weights(texts: Sequence[str]) -> dict[str, float] | None:

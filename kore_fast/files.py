@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,45 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_new_folder(path: str | Path) -> None:
+    """Raises `DataError` where ``path`` is anything but absent or an empty folder."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path}: is there already and not empty; choose another folder, or remove this one first")
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; rename it to ``path`` when the block ends without an exception.
+
+    Raises:
+        DataError: ``path`` is there and not empty, the disk is full or the place cannot be written; names it.
+    """
+    check_new_folder(path)
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DataError(
+            f"{path}: could not be written ({error.strerror or error}); free some space or choose another folder, "
+            "then give the same command again"
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

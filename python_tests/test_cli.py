@@ -238,6 +238,76 @@ def test_spectrum_s_errors(
     assert not output.exists()
 
 
+def test_verify_prints_a_line_a_check(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kore_fast.recipe.schema import load_recipe
+
+    adapter, model = finished / "run" / "train" / "kore" / "adapter", str(load_recipe(finished).model_path())
+    command = ["verify", str(adapter), "--model", model]
+    capsys.readouterr()
+    assert main([*command, "--pad", str(tmp_path / "padded")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:7]] == [
+        [name, "ok"] for name in ("files", "layers", "function", "A", "base", "leak", "rank")
+    ]
+    assert main(["verify", str(tmp_path / "padded"), "--model", model]) == 0
+    # Out of its run's folder the store is not found, and then it is given.
+    assert "leak      skipped" in capsys.readouterr().out
+    store = ["--covariance", str(finished / "run" / "covariance")]
+    assert main(["verify", str(tmp_path / "padded"), "--model", model, *store]) == 0
+    assert "leak      ok" in capsys.readouterr().out
+
+    start = finished / "run" / "init" / "kore"
+    assert main(["verify", str(start), "--model", model, "--pad", str(tmp_path / "not")]) == 1
+    out = capsys.readouterr().out
+    assert "function  FAILED   B is zero: not trained" in out
+    assert "Not padded: function failed" in out
+    assert not (tmp_path / "not").exists()
+    assert "cannot load a model" in fails(capsys, "verify", adapter, "--model", tmp_path / "nothing")
+
+
+def test_merge_makes_a_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kore_fast.modules.loading import load_model, load_processor
+    from kore_fast.recipe.schema import load_recipe
+
+    adapter, model = finished / "run" / "train" / "kore" / "adapter", str(load_recipe(finished).model_path())
+    command = ["merge", str(adapter), "--model", model, "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "14 layers merged in bfloat16" in out
+    assert str(tmp_path / "out") in out
+    assert next(load_model(tmp_path / "out", "auto").parameters()).dtype == torch.bfloat16
+    assert hasattr(load_processor(tmp_path / "out"), "image_processor")
+    assert "not empty" in fails(capsys, *command)
+
+
+def test_import_kore_says_what_it_found(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    from kore_fast.modules.loading import load_model
+
+    state = dict(load_model(tiny_model_folder).state_dict())
+    name = "model.language_model.layers.0.mlp.up_proj"
+    weight = state.pop(f"{name}.weight")
+    torch.manual_seed(0)
+    A, B0 = torch.randn(3, 32), torch.randn(64, 3)
+    state |= {
+        f"{name}.weight_residual": weight - B0 @ A,
+        f"{name}.BLinear.weight": A,
+        f"{name}.ALinear.weight": B0 + 0.1,
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    command = ["import-kore", str(tmp_path), "--model", str(tiny_model_folder), "--output", str(tmp_path / "adapter")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "1 layers of which B was trained: rank 3" in out
+    assert "rounding of float32" in out
+    assert main(["verify", str(tmp_path / "adapter"), "--model", str(tiny_model_folder)]) == 0
+    assert "A         ok" in capsys.readouterr().out
+    assert "not empty" in fails(capsys, *command)
+
+
 def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     out = capsys.readouterr().out

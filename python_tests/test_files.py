@@ -14,6 +14,7 @@ from kore_fast.errors import DataError
 from kore_fast.files import (
     atomic_path,
     inside,
+    new_folder,
     read_json,
     read_jsonl,
     sha256_file,
@@ -113,3 +114,32 @@ def test_inside(tmp_path: Path) -> None:
     for bad in ("../outside", "link/a", str(folder / "a"), "a/../../outside", "/etc/hostname"):
         with pytest.raises(DataError, match="leaves its folder"):
             inside(folder, bad)
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with new_folder(target) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "a.txt").write_text("a")
+        assert not target.exists()
+    assert (target / "inner" / "a.txt").read_text() == "a"
+    with pytest.raises(DataError, match="is there already and not empty"), new_folder(target):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is there already"), new_folder(tmp_path / "file"):
+        pass
+    (tmp_path / "empty").mkdir()
+
+    def fail(error: BaseException) -> None:
+        with new_folder(tmp_path / "empty") as temporary:
+            (temporary / "half").write_text("half")
+            raise error
+
+    with pytest.raises(DataError, match="No space left"):
+        fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt())
+    assert not any((tmp_path / "empty").iterdir())
+    with new_folder(tmp_path / "empty") as temporary:
+        (temporary / "whole").write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "file"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,8 +32,11 @@ def load_processor(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path))
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(path: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> nn.Module:
     """The model in evaluation mode, its gradients off: an image-text model where the folder holds one, else a text one.
+
+    Args:
+        dtype: of the weights; ``"auto"`` for the one that they are stored in.
 
     Raises:
         KoreError: no such folder, or not a model; names it.
