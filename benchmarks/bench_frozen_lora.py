@@ -7,6 +7,7 @@ of plain PyTorch's in the same dtype. `--rows DIR` writes the rows, `python benc
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,4 +81,45 @@ def bench_layer(
     floor = rows["frozen linear alone"]["ratio"] * (1 + 2 * r / d)
     benchmark.extra_info.update({name: round(row["ratio"], 3) for name, row in rows.items()})
     benchmark.extra_info["ours as a multiple of the floor"] = round(1 / floor, 3)
+    benchmark.pedantic(calls["ours"], rounds=1)
+
+
+MODEL = Path(__file__).resolve().parents[1] / "build" / "tiny_vlm"
+
+
+@pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="no build/tiny_vlm: run make quickstart first")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def bench_training_step(benchmark: BenchmarkFixture, compare: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """A step of the tiny VLM (forward, backward, AdamW) on text: our layers against PEFT's, of the same rank."""
+    from peft import LoraConfig, get_peft_model
+
+    from kore_fast.constraint.selection import select_linears, target_pattern
+    from kore_fast.modules.adapter import freeze_lora_a
+    from kore_fast.modules.loading import load_model
+    from kore_fast.modules.lora import use_kore_layers
+
+    rank, rows, length = 53, 4, 256
+    ids = torch.randint(1000, 40000, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def step(ours: bool) -> Callable[[], None]:
+        model = load_model(MODEL, dtype).to(device)
+        names = [name for name, _ in model.named_modules()]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_pattern(select_linears(model, None), names))
+        peft_model = get_peft_model(model, use_kore_layers(config) if ours else config)
+        if ours:
+            freeze_lora_a(peft_model)
+        optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], weight_decay=0.0)
+
+        def run() -> None:
+            peft_model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    case = {"tokens": rows * length, "rank": rank, "dtype": str(dtype).removeprefix("torch."), "what": "training step"}
+    calls = {"ours": step(True), "PEFT LoRA": step(False)}
+    rows_of = compare(calls, case, ours="ours", rounds=7)
+    benchmark.extra_info.update({name: row["ratio"] for name, row in rows_of.items()})
     benchmark.pedantic(calls["ours"], rounds=1)
