@@ -1,7 +1,7 @@
 """Covariance accumulation against the products that collectors use today: `make bench`, or pytest benchmarks.
 
 Random data; variants take turns; each result is compared with float64 in the same run. A ratio is how many times ours
-fits into the other's time. `--rows DIR` writes the rows, `python benchmarks/plot.py DIR` draws them.
+fits into the other's time. `--rows=DIR` writes the rows, `python benchmarks/plot.py DIR` draws them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The frozen-A LoRA layer against the frozen linear layer alone and against LoRA as others run it: `make bench`.
 
 The floor is the frozen layer's time × (1 + 2 r/d). A row's error is that of y, dx and dB against float64, as a multiple
-of plain PyTorch's in the same dtype. `--rows DIR` writes the rows, `python benchmarks/plot.py DIR` draws them.
+of plain PyTorch's in the same dtype. `--rows=DIR` writes the rows, `python benchmarks/plot.py DIR` draws them.
 """
 
 from __future__ import annotations

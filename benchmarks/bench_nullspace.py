@@ -1,7 +1,7 @@
 """The bottom-r space of a covariance against full decompositions and other iterations: `make bench`.
 
 Spectra as activations have them, and worse ones. A row carries its leak, as a multiple of the least possible, beside
-its time: more than 1.02 is no answer, however fast. `--rows DIR` writes the rows, `python benchmarks/plot.py DIR` draws
+its time: more than 1.02 is no answer, however fast. `--rows=DIR` writes the rows, `python benchmarks/plot.py DIR` draws
 them.
 """
 

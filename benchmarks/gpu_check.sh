@@ -23,12 +23,13 @@ step() {
 step build env KORE_FAST_NATIVE=1 KORE_FAST_CUDA=1 \
   timeout 240 "$python" setup.py build_ext --inplace
 step env "$python" -m kore_fast.cli env
-step tests timeout 150 "$python" -m pytest -q -p no:cacheprovider python_tests/ops/test_covariance_gpu.py python_tests/ops/test_covariance.py python_tests/ops/test_nullspace_gpu.py
+step tests timeout 150 "$python" -m pytest -q -p no:cacheprovider python_tests/ops/test_covariance_gpu.py python_tests/ops/test_covariance.py python_tests/ops/test_nullspace_gpu.py python_tests/ops/test_frozen_lora_gpu.py
 step triton timeout 150 "$python" -m pytest -q -p no:cacheprovider python_tests/ops/triton
-step benchmarks timeout 200 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_covariance.py --rows "$out/rows" --benchmark-json "$out/benchmarks.json"
+step benchmarks timeout 200 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_covariance.py "--rows=$out/rows" --benchmark-json "$out/benchmarks.json"
 # Last, as what fits: full decompositions of the peers take their time on a GPU too.
-step nullspace timeout 120 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_nullspace.py --rows "$out/rows"
-step end_to_end timeout 120 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_end_to_end.py --rows "$out/rows"
+step nullspace timeout 120 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_nullspace.py "--rows=$out/rows"
+step frozen_lora timeout 150 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_frozen_lora.py "--rows=$out/rows"
+step end_to_end timeout 120 "$python" -m pytest -q -p no:cacheprovider benchmarks/bench_end_to_end.py "--rows=$out/rows"
 step plots "$python" benchmarks/plot.py "$out/rows"
 nvidia-smi >"$out/nvidia-smi.log" 2>&1
 
