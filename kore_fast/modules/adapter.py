@@ -18,7 +18,7 @@ from torch import nn
 
 from kore_fast.errors import ConstraintError
 from kore_fast.files import atomic_path, read_json, write_json
-from kore_fast.modules.lora import use_kore_layers
+from kore_fast.modules.lora import KoreLoraLinear, use_kore_layers
 from kore_fast.modules.sharding import first_rank, is_sharded, plain_name, whole
 
 METADATA = "kore.json"
@@ -164,9 +164,11 @@ def attach_lora(model: nn.Module, config: LoraConfig, factors: Mapping[str, torc
 
 
 def freeze_lora_a(model: nn.Module, adapter_name: str = "default") -> None:
-    """Freeze A, also against PEFT's own `set_adapter` and `enable_adapters` where PEFT (≥ 0.20) offers that."""
+    """Freeze A, also against PEFT's own `set_adapter` and `enable_adapters`; on quantised layers from PEFT 0.20 on."""
     for layer in lora_layers(model).values():
         layer.lora_A[adapter_name].weight.requires_grad_(False)
+        if isinstance(layer, KoreLoraLinear):
+            layer.frozen_a |= {adapter_name}
         if hasattr(layer, "frozen_peft_weight_names"):
             layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
 

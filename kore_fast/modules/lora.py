@@ -17,6 +17,23 @@ class KoreLoraLinear(Linear):
     """PEFT's `lora.Linear`; where one adapter is active, its A frozen and nothing out of the ordinary asked for, the
     forward pass is `ops.frozen_lora`. With B = 0 that is the base layer's, bit for bit."""
 
+    frozen_a: frozenset[str] = frozenset()
+    """Adapters whose A stays frozen: PEFT before 0.20 trains what it switches on."""
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; what is frozen stays so."""
+        super().set_adapter(*args, **kwargs)
+        self._keep_frozen()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As in PEFT; what is frozen stays so."""
+        super().enable_adapters(enabled)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        for name in self.frozen_a & set(self.lora_A):
+            self.lora_A[name].weight.requires_grad_(False)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(…, in_features) → (…, out_features)."""
         name = None if args or any(value is not None for value in kwargs.values()) else self._fused(x)
