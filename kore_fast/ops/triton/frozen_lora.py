@@ -223,6 +223,7 @@ def _product(
             GROUP=GROUP,
             num_warps=config.warps,
             num_stages=config.stages,
+            enable_fp_fusion=True,  # as in the covariance's kernels
         )
 
 
@@ -272,5 +273,6 @@ def _sums(dy: torch.Tensor, z: torch.Tensor, B: torch.Tensor, span: int) -> tupl
             RANK=max(16, 1 << (r - 1).bit_length()),
             num_warps=config.warps,
             num_stages=config.stages,
+            enable_fp_fusion=True,  # as in the covariance's kernels
         )
     return dz.sum(0), dB.sum(0)
