@@ -20,6 +20,20 @@ def triton_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+@cache
+def device_kind(device: torch.device) -> tuple[str, int]:
+    """What a device's kernels are set for, and its number of processors.
+
+    Returns:
+        "sm_80" (every NVIDIA GPU whose tensor cores read registers), "sm_90" (shared memory) or "gfx942".
+    """
+    if device.type == "cpu":
+        return "sm_80", 1
+    properties = torch.cuda.get_device_properties(device)
+    architecture = "gfx942" if torch.version.hip else "sm_90" if properties.major in (9, 10) else "sm_80"
+    return architecture, properties.multi_processor_count
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why Triton kernels can't run on ``device``, and what to install; None if they can. Triton may be missing."""
     if find_spec("triton") is None:

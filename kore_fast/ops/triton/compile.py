@@ -56,7 +56,7 @@ def build(kernel: Any, arguments: Mapping[str, Any], target: str, *, num_warps: 
         kernel: a function under ``triton.jit``.
         arguments: for each of its parameters a torch dtype (a pointer to it, aligned), an integer (specialised as a
             launch does: 1 is a constant, a multiple of 16 is known to be one) or, for a constexpr parameter and for
-            None, the value itself.
+            None, the value itself. A float is a float32.
 
     Raises:
         whatever the compiler raises; RuntimeError with the assembler's words when it refuses.
@@ -73,6 +73,9 @@ def build(kernel: Any, arguments: Mapping[str, Any], target: str, *, num_warps: 
             continue
         if isinstance(value, torch.dtype):
             signature[parameter.name] = POINTERS[value]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+            continue
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
         if isinstance(value, torch.dtype) or (value % 16 == 0 and not fixed):

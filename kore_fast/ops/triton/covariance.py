@@ -42,13 +42,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 
 from kore_fast.ops.reference import covariance as reference
-from kore_fast.ops.triton import triton_version, unavailable
+from kore_fast.ops.triton import device_kind, triton_version, unavailable
 
 __all__ = ["covariance_update_", "unavailable"]
 
@@ -278,16 +277,6 @@ def _multiply(
         )
 
 
-@cache
-def _device(device: torch.device) -> tuple[str, int]:
-    """What `candidates` calls the architecture, and the number of processors."""
-    if device.type == "cpu":
-        return "sm_80", 1
-    properties = torch.cuda.get_device_properties(device)
-    architecture = "gfx942" if torch.version.hip else "sm_90" if properties.major in (9, 10) else "sm_80"
-    return architecture, properties.multi_processor_count
-
-
 _tuned: dict[tuple[Any, ...], Config] = {}
 
 
@@ -310,7 +299,7 @@ def _choose(
 ) -> Config:
     """A configuration by rule, or the fastest of those that are as large, as tried once for shapes like this one."""
     device = rows.x.device
-    architecture, processors = _device(device)
+    architecture, processors = device_kind(device)
     options = candidates(how, architecture, rows.aligned)
     first = by_rule(options, rows.d, rows.groups, processors)
     rivals = options[:-1]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kore_fast.ops.triton import covariance as backend
-from kore_fast.ops.triton import unavailable
+from kore_fast.ops.triton import device_kind, unavailable
 from kore_fast.ops.triton.covariance import BAND, LOOK, NUMBER, Config, candidates, products
 
 GPU = torch.device("cuda")
@@ -297,7 +297,7 @@ def test_on_a_gpu_every_rival_gives_the_same_bits(
     x = torch.randn(3000, 1104, device=GPU).to(dtype)
     w = torch.rand(3000, device=GPU, dtype=torch.float64) if weighted else None
     found = []
-    for config in candidates(products(dtype, weighted), backend._device(GPU)[0])[:-1]:
+    for config in candidates(products(dtype, weighted), device_kind(GPU)[0])[:-1]:
         monkeypatch.setattr(backend, "_choose", lambda *_, config=config: config)
         found.append(on_gpu(x, w)[0])
     assert all(torch.equal(one, found[0]) for one in found)
