@@ -7,12 +7,12 @@ which is rounded and written once. So y is not the vendor's bit for bit where B 
 
 z = x Aᵀ is the vendor's product. dz = s·dy B and dB = s·dyᵀ z are the vendor's too, each with a read of dy, or of one
 read by a kernel that leaves sums of blocks of tokens (dB) and of spans of columns (dz) for a second step to add, in the
-same order each time. Those sums are written and read in float32, r/64 of the read they save for dB alone (arithmetic),
+same order each time. Those sums are written and read in float32, r/32 of the read they save for dB alone (arithmetic),
 so that larger ranks lose by them: `one_read` takes the kernel for r ≤ 16 where they are fewer bytes.
 
 float32 is multiplied as "ieee": never TF32. The reference takes float64, and calls with dropout, as a whole.
 
-Compiles for sm_80, sm_90 and gfx942 without spills. Not yet run on a GPU; speed on a GPU: not measured.
+Compiles for sm_80, sm_90, sm_100 and gfx942 without spills. Not yet run on a GPU; speed on a GPU: not measured.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class Sums:
     stages: int = 2
 
 
+# How the kernel of one read goes over dy.
+SUMS = Sums(128, 64, 4)
+
+
 def candidates(dtype: torch.dtype, architecture: str, aligned: bool = True, add: bool = False) -> tuple[Config, ...]:
     """The settings shipped for a dtype, largest tile first; the last is for few tiles.
 
@@ -69,7 +73,8 @@ def candidates(dtype: torch.dtype, architecture: str, aligned: bool = True, add:
     if dtype == torch.float32:
         if not aligned:
             return (Config(64, 32, 16, 16, 4, stages),)
-        return Config(128, 128, 16, 16, 8, stages), Config(64, 64, 16, 16, 4, stages)
+        small = Config(64, 64, 16, 16, 4, stages)
+        return (small,) if add else (Config(128, 128, 16, 16, 8, stages), small)
     small = Config(64, 64, 32, 32, 4, stages)
     if not aligned:
         return (small,)
@@ -86,19 +91,14 @@ def by_rule(options: tuple[Config, ...], rows: int, columns: int, processors: in
     return options[-1]
 
 
-def sums_config(architecture: str) -> Sums:
-    """How the kernel of one read goes over dy."""
-    return Sums(128, 64, 4) if architecture == "gfx942" else Sums(256, 64, 8)
-
-
-def one_read(dy: torch.Tensor, r: int, architecture: str, processors: int) -> int | None:
+def one_read(dy: torch.Tensor, r: int, processors: int) -> int | None:
     """How many columns of dy (T, d_out) a program of the kernel of one read takes; None where two reads cost less.
 
     The sums must be fewer bytes than a read of dy. float32, without tensor cores, is not bound by what it reads.
     """
     if dy.dtype == torch.float32 or not dy.numel() or not 0 < r <= MOST_RANK or not _rows_aligned(dy):
         return None
-    config = sums_config(architecture)
+    config = SUMS
     tokens, d_out = dy.shape
     blocks = -(-tokens // config.tokens)
     spans = min(-(-processors // blocks), -(-d_out // config.columns))
@@ -232,7 +232,7 @@ def _small_products(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dz = s·dy B (T, r) in dy's dtype and dB = s·dyᵀ z (d_out, r) in B's, those that are wanted."""
     if wants_dz and wants_dB:
-        span = one_read(dy, B.shape[1], *device_kind(dy.device))
+        span = one_read(dy, B.shape[1], device_kind(dy.device)[1])
         if span is not None:
             dz, dB = _sums(dy, z, B, span)
             return dz.mul_(s).to(dy.dtype), dB.mul_(s).to(B.dtype)
@@ -250,7 +250,7 @@ def _sums(dy: torch.Tensor, z: torch.Tensor, B: torch.Tensor, span: int) -> tupl
     if B.dtype not in (dy.dtype, torch.float32):
         B = B.to(dy.dtype)
     (tokens, d_out), r = dy.shape, B.shape[1]
-    config = sums_config(device_kind(dy.device)[0])
+    config = SUMS
     blocks, spans = -(-tokens // config.tokens), -(-d_out // span)
     dz = dy.new_empty(spans, tokens, r, dtype=torch.float32)
     dB = dy.new_empty(blocks, d_out, r, dtype=torch.float32)

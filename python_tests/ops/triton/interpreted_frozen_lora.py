@@ -26,7 +26,7 @@ SHAPES = [(1, 16, 16, 1), (33, 33, 17, 5), (70, 235, 274, 35), (64, 96, 80, 16),
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that little data crosses all their edges, and several groups of them."""
     monkeypatch.setattr(backend, "candidates", lambda *_: (Config(32, 16, 32, 16, 4, 2),))
-    monkeypatch.setattr(backend, "sums_config", lambda *_: Sums(32, 16, 4))
+    monkeypatch.setattr(backend, "SUMS", Sums(32, 16, 4))
     monkeypatch.setattr(backend, "GROUP", 2)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from kore_fast.ops import frozen_lora
 from kore_fast.ops.triton import unavailable
-from kore_fast.ops.triton.frozen_lora import GROUP, MOST_RANK, Config, by_rule, candidates, one_read, sums_config
+from kore_fast.ops.triton.frozen_lora import GROUP, MOST_RANK, SUMS, Config, by_rule, candidates, one_read
 
 GPU = torch.device("cuda")
 NO_GPU = unavailable(GPU)
@@ -80,12 +80,11 @@ def build_product(
 
 
 def build_sums(target: str, dtype: torch.dtype, B: torch.dtype, r: int) -> Any:
-    config = sums_config(kind(target))
     return build(
         "sums_kernel",
         target,
-        config.warps,
-        config.stages,
+        SUMS.warps,
+        SUMS.stages,
         dz_ptr=torch.float32,
         dB_ptr=torch.float32,
         dy_ptr=dtype,
@@ -101,8 +100,8 @@ def build_sums(target: str, dtype: torch.dtype, B: torch.dtype, r: int) -> Any:
         z_column=1,
         B_row=r,
         B_column=1,
-        TOKENS=config.tokens,
-        COLUMNS=config.columns,
+        TOKENS=SUMS.tokens,
+        COLUMNS=SUMS.columns,
         RANK=16,
     )
 
@@ -181,14 +180,14 @@ def test_small_products_get_small_tiles() -> None:
 
 def test_one_read_only_where_it_saves_bytes() -> None:
     dy = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
-    span = one_read(dy, 16, "sm_90", 132)
+    span = one_read(dy, 16, 132)
     assert span is not None
     assert span % 64 == 0
-    assert -(-4096 // span) * (8192 // 256) >= 132
-    assert one_read(dy, 17, "sm_90", 132) is None
-    assert one_read(dy[:, :4095], 16, "sm_90", 132) is None
-    assert one_read(dy[:16], 16, "sm_90", 132) is None
-    assert one_read(dy.float(), 16, "sm_90", 132) is None
+    assert -(-4096 // span) * (8192 // SUMS.tokens) >= 132
+    assert one_read(dy, 17, 132) is None
+    assert one_read(dy[:, :4095], 16, 132) is None
+    assert one_read(dy[:16], 16, 132) is None
+    assert one_read(dy.float(), 16, 132) is None
 
 
 def test_arithmetic_in_the_interpreter() -> None:
