@@ -64,7 +64,7 @@ void forward(const Tensor& x, const Tensor& thinned, const Tensor& W, const Tens
               y, offset);
 }
 
-// dx (may be undefined: not wanted) and dz, which it is made from.
+// dz, and dx, which is made from it.
 template <typename E>
 void backward_x(const Tensor& dy, const Tensor& W, const Tensor& A, const Tensor& B, double scaling, Tensor& dz,
                 Tensor& dx) {

@@ -92,7 +92,7 @@ def frozen_lora_many(
     seed: int | None = None,
     backend: Backend = "auto",
 ) -> list[torch.Tensor]:
-    """`frozen_lora` of several layers that read one x (q, k, v; gate, up): one pass over x, one sum for dx.
+    """`frozen_lora` of several layers that read one x (q, k, v; gate, up): one call, and one dx, their sum.
 
     Returns:
         y of each layer, (…, d_out).
