@@ -45,6 +45,24 @@ inline void narrow(float value, BFloat16* to) {
   std::memcpy(&bits, &value, sizeof bits);
   to->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline void narrow(float value, Half* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude >= 0x47800000) {  // 2^16 and up, infinities; a NaN stays one
+    half = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  } else if (magnitude < 0x38800000) {  // below 2^-14: added to 1/2, the last bits are multiples of 2^-24
+    float small;
+    std::memcpy(&small, &magnitude, sizeof small);
+    small += 0.5f;
+    std::memcpy(&half, &small, sizeof half);
+    half -= 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(sign | half);
+}
 
 }  // namespace
 }  // namespace kore_fast

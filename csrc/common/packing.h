@@ -35,7 +35,12 @@ void pack_strips(const View<const E>& from, int64_t into, T* out, T factor = 1) 
       for (int64_t i = 0; i < from.rows; i += into) {
         T* const to = out + i / into * size + k * into;
         const int64_t here = std::min(into, from.rows - i);
-        for (int64_t r = 0; r < here; ++r) to[r] = factor * widen(*from.at(i + r, k));
+        if (from.row == 1) {
+          const E* const source = from.at(i, k);  // next to each other: vectors
+          for (int64_t r = 0; r < here; ++r) to[r] = factor * widen(source[r]);
+        } else {
+          for (int64_t r = 0; r < here; ++r) to[r] = factor * widen(*from.at(i + r, k));
+        }
         for (int64_t r = here; r < into; ++r) to[r] = 0;
       }
     return;

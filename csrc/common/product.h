@@ -17,6 +17,9 @@
 
 namespace kore_fast {
 
+constexpr int64_t kSums = 256;       // strips times panels that are summed at once, where that is more than kStrips
+constexpr int64_t kMostStrips = 32;
+
 // factor · left · right, of elements E, summed in T.
 template <typename E, typename T>
 struct Product {
@@ -55,7 +58,8 @@ void multiply_wide(const char* what, const std::vector<Product<E, T>>& products,
     }
   });
   torch::stable::parallel_for(0, strips, worth_a_thread(depth * panels * panel * strip), [&](int64_t from, int64_t to) {
-    const int64_t most = std::min(kStrips, to - from), tile = strip * panel;
+    // Where a few panels leave room in the cache, many strips at once: down columns, a page is then read once.
+    const int64_t most = std::min(std::clamp(kSums / panels, kStrips, kMostStrips), to - from), tile = strip * panel;
     const Memory packed = aligned(what, static_cast<size_t>(most * strip * kDepth) * sizeof(T));
     const Memory sums = aligned(what, static_cast<size_t>(panels * most * tile) * sizeof(T));
     T* const a = static_cast<T*>(packed.get());

@@ -100,6 +100,7 @@ void with_type(ScalarType type, Run run) {
     case ScalarType::Float: return run(float{});
     case ScalarType::Double: return run(double{});
     case ScalarType::BFloat16: return run(BFloat16{});
+    case ScalarType::Half: return run(Half{});
     default: check(false);
   }
 }

@@ -1,15 +1,17 @@
-"""Which backend runs an operation: asked for by name, or the first of those preferred that runs here."""
+"""Which backend runs an operation: asked for by name, the first of those preferred that runs here, or the fastest."""
 
 from __future__ import annotations
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
 
 from kore_fast.errors import BackendError
+from kore_fast.ops import measured
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,20 @@ def choose(operation: str, backend: str, device: torch.device, preferred: tuple[
     if reason is not None:
         raise BackendError(f"{operation}: backend {backend!r} can't run on {device}: {reason}")
     return _module(operation, backend)
+
+
+def fastest(
+    operation: str, kind: str, device: torch.device, preferred: tuple[str, ...], run: Callable[[Any], Any]
+) -> Any:
+    """As `choose` with ``"auto"``, but of those that run here the one that is measured to be fastest.
+
+    Args:
+        kind: what decides the speed, see `kore_fast.ops.measured.fastest`.
+        run: does the work with a backend's module.
+    """
+    able = [name for name in preferred if _unavailable(operation, name, device) is None]
+    ways = {name: partial(run, _module(operation, name)) for name in able}
+    return _module(operation, measured.fastest(f"{operation} {kind}", device, ways))
 
 
 def _unavailable(operation: str, backend: str, device: torch.device) -> str | None:

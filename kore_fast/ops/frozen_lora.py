@@ -7,15 +7,20 @@ W and A never change, so that backward has no use for x: it needs z = x Aᵀ, of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from kore_fast.ops.backends import Backend, choose
+from kore_fast.ops.backends import Backend, choose, fastest
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Backends of the backward pass; the first where none is measured: below so many products of a token's and a weight's.
+_BACKWARD = {("cpu", dtype): ("native", "reference") for dtype in (torch.float32, torch.float64)}
+_BACKWARD |= {("cpu", dtype): ("reference", "native") for dtype in (torch.bfloat16, torch.float16)}
+_WORTH_MEASURING = 1 << 26
 
 _library = torch.library.Library("kore_fast", "FRAGMENT")
 _OPTIONS = "float dropout, int seed, str backend"
@@ -59,8 +64,9 @@ def frozen_lora(
         dropout: probability at which an element of x is left out of the adapter's part; the others are divided by
             1 − dropout. The mask is made from ``seed``, in backward again, and never kept.
         seed: of the dropout; default a new one from torch's generator of the CPU.
-        backend: ``"reference"`` (plain PyTorch), ``"native"`` (compiled), ``"triton"``, or ``"auto"``: the fastest that
-            leaves y the base's bit for bit where B is 0.
+        backend: ``"reference"`` (plain PyTorch), ``"native"`` (compiled), ``"triton"``, or ``"auto"``: forward the one
+            that leaves y the base's bit for bit where B is 0, backward the fastest on this machine, see
+            `kore_fast.ops.measured`.
 
     Under autocast all but B are cast to its dtype, as in `torch.nn.functional.linear`.
 
@@ -185,7 +191,7 @@ def _forward_many(
     biases = [b if len(b) else None for b in bias]
     _check(x, [w.detach() for w in W], [a.detach() for a in A], B, biases, scaling, dropout)
     rows = x.reshape(-1, x.shape[-1])
-    ys, zs = _backend(backend, x, backward=False).forward(rows, W, A, B, biases, scaling, _kept(rows, dropout, seed))
+    ys, zs = _forward_backend(backend, x).forward(rows, W, A, B, biases, scaling, _kept(rows, dropout, seed))
     return [part.view(*x.shape[:-1], part.shape[-1]) for part in (*ys, *zs)]
 
 
@@ -225,9 +231,13 @@ def _backward(
     lead, d_in = dy[0].shape[:-1], W[0].shape[1]
     flat = [part.reshape(-1, part.shape[-1]) for part in dy]
     kept = _kept(flat[0].new_empty(len(flat[0]), d_in), dropout, seed) if dx else None
-    found, dBs = _backend(backend, dy[0], backward=True).backward(
-        flat, [part.reshape(-1, part.shape[-1]) for part in z], W, A, B, scaling, kept, dx, dB
-    )
+    given = (flat, [part.reshape(-1, part.shape[-1]) for part in z], W, A, B, scaling, kept)
+    # A GPU may get dz and dB of one read of dy. A CPU is bound by its products, and each has its own fastest way.
+    apart = dx and dB and flat[0].device.type == "cpu"
+    found, dBs = None, []
+    for wanted in ((True, False), (False, True)) if apart else ((dx, dB),):
+        part, more = _backward_backend(backend, *given, *wanted).backward(*given, *wanted)
+        found, dBs = part if found is None else found, more or dBs
     return [*([] if found is None else [found.view(*lead, d_in)]), *dBs]
 
 
@@ -351,7 +361,33 @@ def _kept(like: torch.Tensor, dropout: float, seed: int) -> torch.Tensor | None:
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
-def _backend(backend: str, x: torch.Tensor, *, backward: bool) -> Any:
-    # Forward, "auto" leaves the base's product to the vendor: where B is 0, y is then the base's bit for bit.
-    compiled = backward and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    return choose("frozen_lora", backend, x.device, ("native", "reference") if compiled else ("reference",))
+def _forward_backend(backend: str, x: torch.Tensor) -> Any:
+    # "auto" leaves the base's product to the vendor: where B is 0, y is then the base's bit for bit.
+    return choose("frozen_lora", backend, x.device, ("reference",))
+
+
+def _backward_backend(
+    backend: str,
+    dy: list[torch.Tensor],
+    z: list[torch.Tensor],
+    W: list[torch.Tensor],
+    A: list[torch.Tensor],
+    B: list[torch.Tensor],
+    scaling: list[float],
+    kept: torch.Tensor | None,
+    dx: bool,
+    dB: bool,
+) -> Any:
+    """The one asked for; of "auto" the fastest here, measured where the work is worth it."""
+    device, dtype, tokens = dy[0].device, dy[0].dtype, len(dy[0])
+    preferred = _BACKWARD.get((device.type, dtype), ("reference", "native", "triton"))
+    if backend != "auto" or tokens * sum(w.numel() for w in W) < _WORTH_MEASURING:
+        return choose("frozen_lora", backend, device, preferred)
+    sizes = ", ".join(f"{w.shape[1]} → {w.shape[0]} r {len(a)}" for w, a in zip(W, A, strict=True))
+    asked = " and ".join(name for name, wanted in (("dx", dx), ("dB", dB), ("dropout", kept is not None)) if wanted)
+    # Of token counts that are alike, one stands for all.
+    about = 1 << round(math.log2(tokens))
+    kind = f"backward of {sizes} with {about} tokens, {dtype}, B {B[0].dtype}, {asked}"
+    return fastest(
+        "frozen_lora", kind, device, preferred, lambda it: it.backward(dy, z, W, A, B, scaling, kept, dx, dB)
+    )

@@ -63,4 +63,4 @@ def backward(
 
 
 def _takes(x: torch.Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    return x.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
