@@ -8,7 +8,7 @@ import random
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,23 +94,55 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def _written(request: pytest.FixtureRequest) -> Iterator[dict[str, list[Row]]]:
-    rows: dict[str, list[Row]] = {}
-    yield rows
-    folder = request.config.getoption("--rows")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, listed in rows.items():
-            text = "".join(json.dumps(row) + "\n" for row in listed)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+def _written() -> dict[str, list[Row]]:
+    return {}
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, _written: dict[str, list[Row]]) -> Callable[[Row], None]:
-    """Keeps a row for ``--rows``, with what every row says."""
-    name = request.path.stem.removeprefix("bench_")
+def record(request: pytest.FixtureRequest, _written: dict[str, list[Row]]) -> Iterator[Callable[[Row], None]]:
+    """Keeps a row for ``--rows``, with what every row says; written after each benchmark, so that a run that is stopped
+    leaves those that were done."""
+    name, folder = request.path.stem.removeprefix("bench_"), request.config.getoption("--rows")
     machine = where()
-    return lambda row: _written.setdefault(name, []).append({**row, **machine})
+    rows = _written.setdefault(name, [])
+    yield lambda row: rows.append({**row, **machine})
+    if folder is not None and rows:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _turns(
+    variants: Mapping[str, Sequence[Callable[[], Any]]], rounds: int, warm: bool
+) -> dict[str, list[tuple[float, ...]]]:
+    """Seconds of each call of each variant, round by round.
+
+    Each round calls every variant once, so that a slow moment of the machine strikes all; in another order each time,
+    so that none always finds the caches as the same neighbour left them.
+    """
+    mark, seconds = _timer()
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda") if torch.cuda.is_available() else None
+    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in variants}
+    for call in (call for calls in variants.values() for call in calls) if not warm else ():
+        call()
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(variants), len(variants)):
+            found = []
+            for call in variants[name]:
+                if flush is not None:
+                    flush.zero_()  # so that the second-level cache serves nobody's repeat
+                start = mark()
+                call()
+                found.append(seconds(start, mark()))
+            taken[name].append(tuple(found))
+    return taken
+
+
+def _times(seconds: Sequence[float], ours: Sequence[float]) -> Row:
+    """Median, p20 and p80 in milliseconds, and the ratio of the medians."""
+    p20, median, p80 = map(float, np.quantile(seconds, [0.2, 0.5, 0.8]))
+    row = {name: round(1e3 * value, 4) for name, value in (("median_ms", median), ("p20_ms", p20), ("p80_ms", p80))}
+    return {**row, "ratio": round(median / float(np.median(ours)), 3)}
 
 
 @pytest.fixture
@@ -127,9 +159,7 @@ def compare(record: Callable[[Row], None]) -> Compare:
         least_seconds: float | None = None,
         extra: Mapping[str, Row] | None = None,
     ) -> dict[str, Row]:
-        """Each round calls every variant once, so that a slow moment of the machine strikes all; in another order each
-        time, so that none always finds the caches as the same neighbour left them.
-
+        """
         Args:
             variants: name → the call.
             case: what is the same for all of them (shapes, dtypes).
@@ -142,34 +172,66 @@ def compare(record: Callable[[Row], None]) -> Compare:
         Returns:
             name → its row: median, p20 and p80 in milliseconds, ratio, and what was given.
         """
-        mark, seconds = _timer()
-        flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda") if torch.cuda.is_available() else None
-        samples: dict[str, list[float]] = {name: [] for name in variants}
-        for call in variants.values() if not warm else ():
-            call()
-        order = random.Random(0)
-        for _ in range(rounds):
-            for name in order.sample(list(variants), len(variants)):
-                if flush is not None:
-                    flush.zero_()  # so that the second-level cache serves nobody's repeat
-                start = mark()
-                variants[name]()
-                samples[name].append(seconds(start, mark()))
-        median = {name: float(np.median(taken)) for name, taken in samples.items()}
+        taken = _turns({name: [call] for name, call in variants.items()}, rounds, warm)
+        samples = {name: [seconds for (seconds,) in found] for name, found in taken.items()}
         rows = {}
-        for name, taken in samples.items():
-            p20, p80 = np.quantile(taken, [0.2, 0.8])
+        for name, seconds in samples.items():
+            median = float(np.median(seconds))
             rows[name] = {
                 "variant": name,
                 **case,
-                "median_ms": round(1e3 * median[name], 4),
-                "p20_ms": round(1e3 * float(p20), 4),
-                "p80_ms": round(1e3 * float(p80), 4),
-                "ratio": round(median[name] / median[ours], 3),
-                **({} if least_seconds is None else {"roofline": round(least_seconds / median[name], 3)}),
+                **_times(seconds, samples[ours]),
+                **({} if least_seconds is None else {"roofline": round(least_seconds / median, 3)}),
                 **((extra or {}).get(name, {})),
             }
             record(rows[name])
         return rows
 
     return run
+
+
+@pytest.fixture
+def compare_passes(record: Callable[[Row], None]) -> Compare:
+    """Times forward and backward of variants in turns: each alone, and their sum."""
+
+    def run(
+        variants: Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]],
+        case: Row,
+        *,
+        ours: str,
+        base: str,
+        adapter_share: float,
+        rounds: int = 7,
+        extra: Mapping[str, Row] | None = None,
+    ) -> dict[str, Row]:
+        """As `compare`, of variants that have all run before.
+
+        Args:
+            variants: name → forward and backward, which uses what forward left.
+            base: the variant without an adapter; ``of_floor`` of a row is its median in multiples of the base's ×
+                (1 + ``adapter_share``).
+            adapter_share: operations of the adapter's forward pass, as a part of the base's.
+
+        Returns:
+            name → its row for "forward and backward".
+        """
+        taken = _turns(variants, rounds, warm=True)
+        rows: dict[str, Row] = {}
+        for what, pick in _PASSES.items():
+            samples = {name: [pick(found) for found in times] for name, times in taken.items()}
+            floor = float(np.median(samples[base])) * (1 + adapter_share)
+            for name, seconds in samples.items():
+                of_floor = round(float(np.median(seconds)) / floor, 3)
+                times = {**_times(seconds, samples[ours]), "of_floor": of_floor}
+                rows[name] = {"variant": name, **case, "what": what, **times, **((extra or {}).get(name, {}))}
+                record(rows[name])
+        return rows
+
+    return run
+
+
+_PASSES: dict[str, Callable[[tuple[float, ...]], float]] = {
+    "forward": lambda times: times[0],
+    "backward": lambda times: times[1],
+    "forward and backward": sum,
+}
