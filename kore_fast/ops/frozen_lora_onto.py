@@ -64,7 +64,7 @@ class _Onto(torch.autograd.Function):
             return rows.view(y.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, A, B = ctx.saved_tensors
         wants_y, wants_x, _, wants_B, _ = ctx.needs_input_grad
