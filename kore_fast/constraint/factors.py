@@ -23,8 +23,8 @@ from kore_fast.constraint.fingerprint import model_fingerprint
 from kore_fast.constraint.leak import LayerLeak, layer_leak
 from kore_fast.constraint.selection import select_linears
 from kore_fast.constraint.store import CovarianceStore
-from kore_fast.constraint.weights import LayerWeight
 from kore_fast.errors import ConstraintError, StoreError
+from kore_fast.modules.weights import LayerWeight
 from kore_fast.ops import NullSpace, nullspace
 from kore_fast.ops.dense import product
 from kore_fast.ops.factors import Factors, thin_factors

@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
+from kore_fast.modules.weights import codes
+
 # Enough values of a weight to tell any two checkpoints apart, few enough to read a 13B model in seconds.
 _SAMPLES = 1024
 
@@ -23,8 +25,9 @@ def model_fingerprint(model: nn.Module, layers: list[str]) -> str:
         assert isinstance(weight, torch.Tensor)
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()  # FSDP2: every rank takes part
+        weight = codes(weight)  # the same before and after a CPU's forward pass
         digest.update(f"{name}:{tuple(weight.shape)}".encode())
-        flat = weight.detach().reshape(-1)
+        flat = weight.reshape(-1)
         sampled = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.bfloat16)
         digest.update(sampled.cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -18,8 +18,8 @@ from kore_fast.constraint.residual import check_plain, to_residual
 from kore_fast.constraint.selection import select_linears, target_pattern
 from kore_fast.constraint.spectrum import spectra
 from kore_fast.constraint.store import CovarianceStore
-from kore_fast.constraint.weights import LayerWeight
 from kore_fast.errors import ConstraintError
+from kore_fast.modules.weights import LayerWeight
 from kore_fast.ops.backends import Backend
 from kore_fast.ops.nullspace import Method
 
@@ -87,7 +87,9 @@ def replace_linears(
     """Swap linear layers for `KoreLinear` in place, A in the null space of old knowledge; no PEFT needed.
 
     The rest of the model is frozen, so that B of each layer is what trains. With B = 0 the logits are the model's own,
-    bit for bit. `save_kore_adapter` writes what is trained as an ordinary adapter.
+    bit for bit. `save_kore_adapter` writes what is trained as an ordinary adapter. Layers that bitsandbytes has
+    quantised (4-bit, 8-bit) stay as they are inside theirs, alone or beside plain ones. transformers' Trainer refuses a
+    quantised model that is not PEFT's: train it in another loop, or use `get_kore_model`.
 
     Args:
         rank, target_modules, source_weights: see `KoreConfig`.
@@ -97,13 +99,15 @@ def replace_linears(
         The leak of every layer, in the model's order.
 
     Raises:
-        StoreError, ConstraintError: see `kore_factors`; also a layer that is not a plain `nn.Linear`.
+        StoreError, ConstraintError: see `kore_factors`; also a layer that is neither a plain `nn.Linear` nor one of
+            bitsandbytes.
+        BackendError: a backend asked for by name that cannot run, see `KoreLinear.from_factor`.
     """
-    from kore_fast.modules.linear import check_plain_linear, kore_linears, swap_linears
+    from kore_fast.modules.linear import check_linear, kore_linears, swap_linears
 
     config = KoreConfig(rank=rank, target_modules=target_modules, source_weights=source_weights)
     for name in select_linears(model, target_modules):
-        check_plain_linear(name, model.get_submodule(name))
+        check_linear(name, model.get_submodule(name))
     ranks = None if isinstance(rank, int) else layer_ranks(model, config, store)
     factors, leaks = kore_factors(model, config, store, ranks=ranks, b0=False)
     swap_linears(model, {name: found.A for name, found in factors.items()}, backend=backend)

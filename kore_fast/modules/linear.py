@@ -1,4 +1,7 @@
-"""`KoreLinear`: an `nn.Linear` with a LoRA whose A is frozen in the null space of old inputs; no PEFT needed."""
+"""`KoreLinear`: an `nn.Linear` with a LoRA whose A is frozen in the null space of old inputs; no PEFT needed.
+
+What it is on a quantised layer stands in `modules.quantized`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +18,7 @@ from torch.nn.functional import linear
 
 from kore_fast.errors import ConstraintError
 from kore_fast.files import atomic_path, write_json
+from kore_fast.modules.weights import LayerWeight, is_bitsandbytes
 from kore_fast.ops import frozen_lora, nullspace
 from kore_fast.ops.backends import Backend
 from kore_fast.ops.factors import leak, nullspace_factors
@@ -36,6 +40,8 @@ class KoreLinear(nn.Linear):
     lora_A: torch.Tensor  # noqa: N815 - the name that PEFT and its files give it
     leak: float | None
     """tr(A C Aᵀ)·d / (‖A‖² tr C) on the covariance that A was made from; None for another A."""
+    quantization: str | None = None
+    """``"nf4"``, ``"fp4"`` or ``"int8"`` where the base is a layer of bitsandbytes."""
 
     def __init__(
         self,
@@ -52,23 +58,35 @@ class KoreLinear(nn.Linear):
         if not 1 <= rank <= min(in_features, out_features):
             raise ConstraintError(f"rank {rank}: want 1…{min(in_features, out_features)}, the layer's smaller width")
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.scaling, self.backend, self.leak = scaling, backend, None
         like = self.weight
-        self.register_buffer("lora_A", like.new_zeros(rank, in_features))
-        self.lora_B = nn.Parameter(like.new_zeros(out_features, rank))
-        self._unmerged: torch.Tensor | None = None
+        self._adapt(like.new_zeros(rank, in_features), like.new_zeros(out_features, rank), scaling, backend)
+
+    def _adapt(self, A: torch.Tensor, B: torch.Tensor, scaling: float, backend: Backend) -> None:
+        self.scaling, self.backend, self.leak = scaling, backend, None
+        self.register_buffer("lora_A", A)
+        self.lora_B = nn.Parameter(B)
+        self._unmerged: Any = None
         self._freeze()
 
     @classmethod
     def from_factor(cls, layer: nn.Linear, A: torch.Tensor, *, backend: Backend = "auto") -> KoreLinear:
         """A layer that shares ``layer``'s weight and bias (not copied, frozen), with the given A (r, in_features).
 
+        A 4-bit or 8-bit layer of bitsandbytes becomes its ``base_layer`` and computes as before; A and B beside it are
+        float32, as PEFT's are there (``.to(torch.bfloat16)`` changes them alone).
+
         Raises:
-            ConstraintError: not a plain `nn.Linear` (a quantised one, an adapter), or an A of another width.
+            ConstraintError: neither a plain `nn.Linear` nor one of bitsandbytes (another quantiser's, an adapter), or
+                an A of another width.
+            BackendError: a backend asked for by name that is not for quantised layers.
         """
-        check_plain_linear("layer", layer)
+        check_linear("layer", layer)
         if A.dim() != 2 or A.shape[1] != layer.in_features:
             raise ConstraintError(f"A has shape {tuple(A.shape)}, want (r, {layer.in_features})")
+        if is_bitsandbytes(layer):
+            from kore_fast.modules.quantized import QuantizedKoreLinear
+
+            return QuantizedKoreLinear(layer, A, backend=backend)
         made = cls(
             layer.in_features, layer.out_features, len(A), layer.bias is not None, backend=backend, device="meta",
             dtype=layer.weight.dtype,
@@ -87,9 +105,10 @@ class KoreLinear(nn.Linear):
         """KORE's layer: A from the bottom-``rank`` space of a covariance (in_features, in_features) of old inputs.
 
         Raises:
-            ConstraintError: a covariance or rank that does not fit, or a layer that is not a plain `nn.Linear`.
+            ConstraintError, BackendError: a covariance or rank that does not fit, or see `from_factor`.
             ValueError: a covariance that is none, see `kore_fast.ops.nullspace`.
         """
+        check_linear("layer", layer)
         if covariance.shape != (layer.in_features, layer.in_features):
             raise ConstraintError(
                 f"the covariance has shape {tuple(covariance.shape)}, want {(layer.in_features, layer.in_features)}"
@@ -97,7 +116,8 @@ class KoreLinear(nn.Linear):
         if not 1 <= rank <= min(layer.in_features, layer.out_features):
             raise ConstraintError(f"rank {rank}: want 1…{min(layer.in_features, layer.out_features)}")
         C = covariance.to(layer.weight.device)
-        made = cls.from_factor(layer, nullspace_factors(layer.weight, nullspace(C, rank).basis).A, backend=backend)
+        weight = LayerWeight("layer", layer).read()
+        made = cls.from_factor(layer, nullspace_factors(weight, nullspace(C, rank).basis).A, backend=backend)
         made.leak = leak(made.lora_A, C)
         return made
 
@@ -125,7 +145,13 @@ class KoreLinear(nn.Linear):
         return (self.lora_B.detach().to(wide) @ self.lora_A.to(wide)).mul_(self.scaling)
 
     def merge(self) -> None:
-        """Compute with W + s·B·A from now on. What W was is kept, so that `unmerge` gives it back bit for bit."""
+        """Compute with W + s·B·A from now on. What W was is kept, so that `unmerge` gives it back bit for bit.
+
+        On a quantised layer the sum is quantised as W was; a warning tells what that costs.
+
+        Raises:
+            ConstraintError: a quantised layer whose sum is not finite; it stays as it was.
+        """
         if not self.merged:
             self._unmerged = self.weight.data
             self.weight.data = (self._unmerged + self.delta()).to(self._unmerged.dtype)
@@ -135,19 +161,34 @@ class KoreLinear(nn.Linear):
         if self._unmerged is not None:
             self.weight.data, self._unmerged = self._unmerged, None
 
-    def to_linear(self) -> nn.Linear:
-        """A plain layer of the same function (up to the rounding of W + s·B·A)."""
-        made = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype)
-        base = self.weight.detach() if self._unmerged is None else self._unmerged
-        made.weight = nn.Parameter((base + self.delta()).to(base.dtype), requires_grad=False)
-        made.bias = self.bias
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain layer of the same function (up to the rounding of W + s·B·A, which is never quantised).
+
+        Args:
+            dtype: of the layer; default the weight's or, of a 4-bit layer, what it computes in. An 8-bit layer takes
+                any x: the bias's there, or float16.
+        """
+        dtype = dtype or self._dtype()
+        made = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", dtype)
+        made.weight = nn.Parameter((self._base_weight() + self.delta()).to(dtype), requires_grad=False)
+        if self.bias is not None:
+            same = self.bias.dtype == dtype
+            made.bias = self.bias if same else nn.Parameter(self.bias.to(dtype), requires_grad=False)
         return made.train(self.training)
+
+    def _dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def _base_weight(self) -> torch.Tensor:
+        """W, also where it is merged."""
+        return self.weight.detach() if self._unmerged is None else self._unmerged
 
     def extra_repr(self) -> str:
         """As of `nn.Linear`, and what is KORE's."""
         leak = "unknown" if self.leak is None else f"{self.leak:.3g}"
+        base = "" if self.quantization is None else f", base={self.quantization}"
         merged = ", merged" if self.merged else ""
-        return f"{super().extra_repr()}, rank={self.rank}, leak={leak}, backend={self.backend}{merged}"
+        return f"{super().extra_repr()}{base}, rank={self.rank}, leak={leak}, backend={self.backend}{merged}"
 
     def _freeze(self) -> None:
         self.weight.requires_grad_(False)
@@ -155,12 +196,22 @@ class KoreLinear(nn.Linear):
             self.bias.requires_grad_(False)
 
 
-def check_plain_linear(name: str, layer: nn.Module) -> None:
-    """Raises `ConstraintError` for anything but an `nn.Linear` itself."""
-    if type(layer) is not nn.Linear:
+def check_linear(name: str, layer: nn.Module) -> None:
+    """Raises `ConstraintError` for anything but an `nn.Linear` itself or a quantised layer of bitsandbytes."""
+    if type(layer) is nn.Linear:
+        return
+    what = f"{name}: a {type(layer).__name__} is not a plain nn.Linear"
+    if not is_bitsandbytes(layer):
         raise ConstraintError(
-            f"{name}: a {type(layer).__name__} is not a plain nn.Linear; for quantised layers, and for those that have "
-            "an adapter, use kore_fast.get_kore_model"
+            f"{what}, nor a 4-bit or 8-bit one of bitsandbytes; where it has an adapter, merge or unload that first; "
+            "where another library has quantised it, use the unquantised model: the adapter fits both"
+        )
+    weight = LayerWeight(name, cast(nn.Linear, layer))
+    weight.check_loaded()
+    if weight.kind == "plain":
+        raise ConstraintError(
+            f"{what}, and its weight is not quantised: bitsandbytes does that when the layer is moved "
+            "(layer.to('cuda') or 'cpu'), but not where it was made with has_fp16_weights=True"
         )
 
 
@@ -171,12 +222,12 @@ def swap_linears(model: nn.Module, factors: Mapping[str, torch.Tensor], *, backe
         factors: A (r, in_features) by layer name.
 
     Raises:
-        ConstraintError: a layer that is not a plain `nn.Linear`, or a factor that does not fit; then none is swapped.
+        ConstraintError, BackendError: see `KoreLinear.from_factor`; then none is swapped.
     """
     made = {}
     for name, A in factors.items():
         layer = model.get_submodule(name)
-        check_plain_linear(name, layer)
+        check_linear(name, layer)
         made[name] = KoreLinear.from_factor(cast(nn.Linear, layer), A, backend=backend)
     model.requires_grad_(False)
     for name, layer in made.items():

@@ -1,7 +1,7 @@
 """Reading weights: quantised ones as they compute, unknown ones not at all.
 
-bitsandbytes is not among what the tests install: its layers are stood in for by classes of the same names and fields.
-Where it is installed, its own are tried too.
+bitsandbytes is optional: its layers are stood in for by classes of the same names and fields. Where it is installed,
+its own are tried too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from kore_fast.constraint import KoreConfig, collect_covariance, get_kore_model, kore_factors
-from kore_fast.constraint.weights import LayerWeight
+from kore_fast.constraint.fingerprint import model_fingerprint
 from kore_fast.errors import ConstraintError
+from kore_fast.modules.linear import KoreLinear
+from kore_fast.modules.weights import LayerWeight, codes
 from kore_fast.ops.factors import nullspace_factors
 
 BLOCK = 8
@@ -228,3 +230,43 @@ def test_an_unknown_layer_is_refused_before_any_solve(monkeypatch: pytest.Monkey
     model.b = nn.Linear(16, 8, device="meta")
     with pytest.raises(ConstraintError, match="b: its weight is not loaded"):
         kore_factors(model, config, store)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_that_bitsandbytes_has_repacked(kind: str, nested: bool) -> None:
+    """As its forward pass in evaluation mode does on CPUs with bfloat16; here by its own function, on any."""
+    bnb = pytest.importorskip("bitsandbytes")
+    repack = pytest.importorskip("bitsandbytes.functional")._convert_weight_packed_for_cpu
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type=kind)
+    plain = torch.randn(64, 128) / 8
+    layer.weight = bnb.nn.Params4bit(plain, requires_grad=False, quant_type=kind, compress_statistics=nested)
+    layer = layer.to("cpu")
+    before, print_before = layer.weight.data.clone(), model_fingerprint(nn.Sequential(layer), ["0"])
+    scales = layer.weight.quant_state.absmax
+    if nested:
+        state = layer.weight.quant_state
+        scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    scales = scales.repeat_interleave(64).reshape(64, 128)
+    wanted = weight_of(layer) / scales * scales.bfloat16().float()  # it rounds the scales
+
+    layer.weight.data, layer.weight.quant_state = repack(layer.weight.data, layer.weight.quant_state)
+    assert layer.weight.quant_state.packing_format_for_cpu
+    packed = layer.weight.data.clone()
+    assert LayerWeight("q", layer).shape == (64, 128)
+    torch.testing.assert_close(weight_of(layer), wanted, rtol=1e-5, atol=1e-7)
+    assert torch.equal(codes(layer.weight), before)
+    assert model_fingerprint(nn.Sequential(layer), ["0"]) == print_before
+    assert torch.equal(layer.weight.data, packed)
+    assert layer.weight.quant_state.packing_format_for_cpu
+
+    made = KoreLinear.from_factor(layer, torch.randn(3, 128))
+    nn.init.normal_(made.lora_B)
+    torch.testing.assert_close(made.to_linear(torch.float32).weight, wanted + made.delta(), rtol=1e-4, atol=1e-6)
+    kept = layer.weight
+    with pytest.warns(UserWarning, match=f"merged into {kind}"):
+        made.merge()
+    assert layer.weight.quant_state.nested is nested
+    made.unmerge()
+    assert layer.weight is kept
