@@ -295,6 +295,8 @@ class Block(nn.Module):
         )
         self.layer = LlamaDecoderLayer(config, 0)
         turned = LlamaRotaryEmbedding(config)(torch.empty(0), torch.arange(shape.length)[None])
+        self.cos: torch.Tensor
+        self.sin: torch.Tensor
         self.register_buffer("cos", turned[0])
         self.register_buffer("sin", turned[1])
 
@@ -344,7 +346,7 @@ def block_passes(
         model = get_peft_model(block, use_kore_layers(config) if ours else config, autocast_adapter_dtype=False)
         trained = {}
         for name, (A, B) in adapters.items():
-            layer = block.get_submodule(name)
+            layer: Any = block.get_submodule(name)
             layer.lora_A["default"].weight = nn.Parameter(A.to(adapter, copy=True))
             layer.lora_B["default"].weight = nn.Parameter(B.to(adapter, copy=True))
             if train_a:

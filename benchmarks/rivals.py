@@ -7,6 +7,7 @@ input's dtype. No line is theirs, and neither are their Triton kernels: the gate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +15,17 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 
-def _forward(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
-    """(T, d_in) → (T, d_out)."""
+def _forward(x: torch.Tensor, weights: Sequence[torch.Tensor], s: float) -> torch.Tensor:
+    """(T, d_in) → (T, d_out), by W, A and B."""
+    W, A, B = weights
     return linear(x, W).addmm_(x @ A.mT, B.mT, alpha=s)
 
 
 def _backward(
-    dy: torch.Tensor, x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, s: float,
-    dx: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dy: torch.Tensor, x: torch.Tensor, weights: Sequence[torch.Tensor], s: float, dx: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx, to which an earlier layer's is given, dA and dB."""
+    W, A, B = weights
     dz = dy @ B
     dA = torch.addmm(A, dz.mT, x, beta=0, alpha=s)
     dB = torch.addmm(B, dy.mT, x @ A.mT, beta=0, alpha=s)
@@ -39,7 +41,7 @@ class Lora(torch.autograd.Function):
         ctx.s = s
         ctx.save_for_backward(x, *weights)
         rows = x.reshape(-1, x.shape[-1])
-        ys = [_forward(rows, *weights[i : i + 3], s) for i in range(0, len(weights), 3)]
+        ys = [_forward(rows, weights[i : i + 3], s) for i in range(0, len(weights), 3)]
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
     @staticmethod
@@ -50,7 +52,7 @@ class Lora(torch.autograd.Function):
         grads: list[torch.Tensor | None] = []
         for i, dy in enumerate(dys):
             flat = dy.reshape(-1, dy.shape[-1])
-            dx, dA, dB = _backward(flat, rows, *weights[3 * i : 3 * i + 3], ctx.s, dx)
+            dx, dA, dB = _backward(flat, rows, weights[3 * i : 3 * i + 3], ctx.s, dx)
             grads += [None, dA, dB]
         assert dx is not None
         return dx.view_as(x), None, *grads
@@ -62,21 +64,21 @@ class GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, s: float, *weights: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        gate, up = (_forward(rows, *weights[i : i + 3], s) for i in (0, 3))
+        gate, up = (_forward(rows, weights[i : i + 3], s) for i in (0, 3))
         ctx.s = s
         ctx.save_for_backward(x, gate, up, *weights)
-        return _forward(silu(gate).mul_(up), *weights[6:], s).view(*x.shape[:-1], -1)
+        return _forward(silu(gate).mul_(up), weights[6:], s).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, gate, up, *weights = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         opened = silu(gate)
-        dh, dA_down, dB_down = _backward(dy.reshape(-1, dy.shape[-1]), opened * up, *weights[6:], ctx.s, None)
+        dh, dA_down, dB_down = _backward(dy.reshape(-1, dy.shape[-1]), opened * up, weights[6:], ctx.s, None)
         d_up = opened.mul_(dh)
         d_gate = torch.ops.aten.silu_backward(dh.mul_(up), gate)
-        dx, dA_up, dB_up = _backward(d_up, rows, *weights[3:6], ctx.s, None)
-        dx, dA_gate, dB_gate = _backward(d_gate, rows, *weights[:3], ctx.s, dx)
+        dx, dA_up, dB_up = _backward(d_up, rows, weights[3:6], ctx.s, None)
+        dx, dA_gate, dB_gate = _backward(d_gate, rows, weights[:3], ctx.s, dx)
         return dx.view_as(x), None, None, dA_gate, dB_gate, None, dA_up, dB_up, None, dA_down, dB_down
 
 

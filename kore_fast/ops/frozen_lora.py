@@ -234,7 +234,8 @@ def _backward(
     given = (flat, [part.reshape(-1, part.shape[-1]) for part in z], W, A, B, scaling, kept)
     # A GPU may get dz and dB of one read of dy. A CPU is bound by its products, and each has its own fastest way.
     apart = dx and dB and flat[0].device.type == "cpu"
-    found, dBs = None, []
+    found: torch.Tensor | None = None
+    dBs: list[torch.Tensor] = []
     for wanted in ((True, False), (False, True)) if apart else ((dx, dB),):
         part, more = _backward_backend(backend, *given, *wanted).backward(*given, *wanted)
         found, dBs = part if found is None else found, more or dBs

@@ -1,8 +1,8 @@
 """Which of several ways is fastest on this machine: measured at the first call of a kind, kept in a file.
 
-Ways differ in rounding, so that what was chosen once stays: a run that was killed continues with the same bits. Processes
-that meet the same kind at the same time wait for the first one's measurement. Delete the file to measure again;
-``KORE_FAST_AUTOTUNE=0`` measures nothing and takes the first way.
+Ways differ in rounding, so that what was chosen once stays: a run that was killed continues with the same bits.
+Processes that meet the same kind at the same time wait for the first one's measurement. Delete the file to measure
+again; ``KORE_FAST_AUTOTUNE=0`` measures nothing and takes the first way.
 """
 
 from __future__ import annotations
@@ -50,13 +50,12 @@ def fastest(kind: str, device: torch.device, ways: Mapping[str, Callable[[], Any
     if len(ways) == 1 or os.environ.get("KORE_FAST_AUTOTUNE") == "0":
         return first
     key = (_machine(device), kind)
-    name = _chosen.get(key)
-    if name in ways:
-        return name
+    if (known := _chosen.get(key)) in ways:
+        return str(known)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return first
     with _locked(choices_file()) as kept:
-        name = kept.get(key[0], {}).get(kind)
+        name = kept.get(key[0], {}).get(kind, "")
         if name not in ways:
             seconds = _measure(device, ways)
             name = min(seconds, key=lambda way: seconds[way])
@@ -129,19 +128,19 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[dict[str, dict[str, str]]]:
-    """The file's content, to be changed; written back at the end. Where it can't be written it holds for this process."""
+    """The file's content, to be changed; then it is written. Where that can't be, a choice holds for this process."""
+    lock = FileLock(path.with_suffix(".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
         lock.acquire()
     except OSError:
         yield {}
         return
-    with lock:
+    try:
         kept = _read(path)
         yield kept
-        try:
-            write_json(path, kept)
-        except DataError as error:
-            logger.info("%s", error)
-    lock.release()
+        write_json(path, kept)
+    except DataError as error:
+        logger.info("%s", error)
+    finally:
+        lock.release()

@@ -1,4 +1,4 @@
-"""The measured choice: the fastest way is found once, kept for the next process, and never asked for where it can't be."""
+"""The measured choice: the fastest way is found once, and kept for the next process."""
 
 from __future__ import annotations
 
