@@ -104,6 +104,7 @@ def replace_linears(
         BackendError: a backend asked for by name that cannot run, see `KoreLinear.from_factor`.
     """
     from kore_fast.modules.linear import check_linear, kore_linears, swap_linears
+    from kore_fast.modules.shared_input import share_inputs
 
     config = KoreConfig(rank=rank, target_modules=target_modules, source_weights=source_weights)
     for name in select_linears(model, target_modules):
@@ -114,6 +115,7 @@ def replace_linears(
     layers = kore_linears(model)
     for found in leaks:
         layers[found.layer].leak = found.leak
+    share_inputs(layers, store.shared_inputs(factors))
     return leaks
 
 
@@ -175,6 +177,7 @@ def get_kore_model(
         "covariance": store.fingerprint(),
         "source_weights": dict(config.source_weights) if config.source_weights else None,
         "model": store.model,
+        "shared_inputs": store.shared_inputs(factors),
         "leaks": [asdict(leak) for leak in leaks],
     }
     kore_model = as_kore_model(peft_model, kore)

@@ -98,6 +98,12 @@ class CovarianceStore:
             f"{self.layers[0] if self.layers else 'none'}); collect covariances with the same target_modules"
         )
 
+    def shared_inputs(self, layers: Iterable[str]) -> list[list[str]]:
+        """Of ``layers``, those that read one tensor, two and more."""
+        wanted = set(layers)
+        found = [[layer for layer in members if layer in wanted] for members in self.groups.values()]
+        return [members for members in found if len(members) > 1]
+
     def count(self, layer: str, source: str | None = None) -> torch.Tensor:
         """(3,) float64: tokens, summed weight, dropped rows (see `ops.covariance`), of one source or of all."""
         group = self.group_of(layer)

@@ -20,6 +20,7 @@ from kore_fast.errors import ConstraintError
 from kore_fast.files import atomic_path, read_json, write_json
 from kore_fast.modules.lora import KoreLoraLinear, use_kore_layers
 from kore_fast.modules.sharding import first_rank, is_sharded, plain_name, whole
+from kore_fast.modules.shared_input import share_inputs
 
 METADATA = "kore.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -291,6 +292,7 @@ def as_kore_model(model: PeftModel, kore: dict[str, Any]) -> KorePeftModel:
     if not kore.get("train_a"):
         freeze_lora_a(kore_model)
     check_lora_a(kore_model)
+    share_inputs(lora_layers(kore_model), kore.get("shared_inputs") or [])
     return kore_model
 
 

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from kore_fast.errors import ConstraintError
 from kore_fast.files import atomic_path, write_json
+from kore_fast.modules.shared_input import Operands, SharedInput
 from kore_fast.modules.weights import LayerWeight, is_bitsandbytes
 from kore_fast.ops import frozen_lora, nullspace
 from kore_fast.ops.backends import Backend
@@ -42,6 +43,7 @@ class KoreLinear(nn.Linear):
     """tr(A C Aᵀ)·d / (‖A‖² tr C) on the covariance that A was made from; None for another A."""
     quantization: str | None = None
     """``"nf4"``, ``"fp4"`` or ``"int8"`` where the base is a layer of bitsandbytes."""
+    shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -135,9 +137,18 @@ class KoreLinear(nn.Linear):
         """(…, in_features) → (…, out_features)."""
         if self.merged:
             return linear(x, self.weight, self.bias)
+        y = None if self.shared_input is None else self.shared_input.take(self, x)
+        if y is not None:
+            return y
         return frozen_lora(
             x, self.weight, self.lora_A, self.lora_B, self.bias, scaling=self.scaling, backend=self.backend
         )
+
+    def operands(self, x: torch.Tensor) -> Operands | None:
+        """See `SharingLayer`."""
+        if self.merged or self.quantization is not None:
+            return None
+        return Operands(self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.backend)
 
     def delta(self) -> torch.Tensor:
         """scaling·B·A (out_features, in_features) in float32, or float64 where the weight is."""

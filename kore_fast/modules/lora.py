@@ -10,6 +10,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from kore_fast.modules.shared_input import Operands, SharedInput
 from kore_fast.ops import frozen_lora
 
 
@@ -19,6 +20,7 @@ class KoreLoraLinear(Linear):
 
     frozen_a: frozenset[str] = frozenset()
     """Adapters whose A stays frozen: PEFT before 0.20 trains what it switches on."""
+    shared_input: SharedInput | None = None
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; what is frozen stays so."""
@@ -36,12 +38,24 @@ class KoreLoraLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(…, in_features) → (…, out_features)."""
-        name = None if args or any(value is not None for value in kwargs.values()) else self._fused(x)
-        if name is None:
+        plain = not args and all(value is None for value in kwargs.values())
+        if plain and self.shared_input is not None:
+            y = self.shared_input.take(self, x)
+            if y is not None:
+                return y
+        given = self.operands(x) if plain else None
+        if given is None:
             return super().forward(x, *args, **kwargs)
+        return frozen_lora(x, given.W, given.A, given.B, given.bias, scaling=given.scaling)
+
+    def operands(self, x: torch.Tensor) -> Operands | None:
+        """See `SharingLayer`."""
+        name = self._fused(x)
+        if name is None:
+            return None
         base = self.get_base_layer()
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        return frozen_lora(x, base.weight, A.to(x.dtype), B, base.bias, scaling=self.scaling[name])
+        return Operands(base.weight, A.to(x.dtype), B, base.bias, self.scaling[name])
 
     def _fused(self, x: torch.Tensor) -> str | None:
         """The one adapter that the operation can run; None where PEFT's own forward pass is called for."""

@@ -314,7 +314,8 @@ def _setup_many(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -
 
 def _differentiate_many(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
     n = len(ctx.scaling)
-    z, W, A, B = (list(ctx.saved_tensors[start : start + n]) for start in range(0, 4 * n, n))
+    saved = ctx.saved_tensors  # once: an activation checkpoint gives them out one time only
+    z, W, A, B = (list(saved[start : start + n]) for start in range(0, 4 * n, n))
     wants_x, _, _, wants_B, wants_bias = ctx.needs_input_grad[:5]
     dx, dB, dbias = _gradients(grads[:n], z, W, A, B, ctx.scaling, wants_x, wants_B, wants_bias, ctx.options)
     nothing: list[None] = [None] * n
