@@ -52,6 +52,7 @@ enum class Defect {
   own_free,     // a stage is announced as free to its own block twice, and to the cluster's other not at all
   no_edges,     // the copy engine leaves what was there where a tile is outside its matrix
   no_exchange,  // shuffles give each lane its own value
+  no_cluster,   // the cluster's barrier does nothing
 };
 
 struct Launch {
@@ -236,7 +237,7 @@ class Block {
       : launch_(launch), all_threads_(launch.threads * launch.cluster),
         memory_(launch.cluster, std::vector<unsigned char>(2048 + launch.shared, 0xff)), seen_(memory_),
         fibers_(all_threads_), warps_(all_threads_ / 32), groups_((all_threads_ + 127) / 128), blocks_(launch.cluster),
-        pending_(all_threads_ / 32), barriers_(launch.cluster), arguments_(all_threads_) {
+        ended_(launch.cluster), pending_(all_threads_ / 32), barriers_(launch.cluster), arguments_(all_threads_) {
     if (launch.threads % 32) emulation_fails("threads of a block are not whole warps");
     if (launch.cluster > 1 && launch.threads % 128) emulation_fails("blocks of a cluster are not whole warpgroups");
   }
@@ -257,7 +258,7 @@ class Block {
             Fiber& fiber = fibers_[warp * 32 + lane];
             if (fiber.done) continue;
             resume(fiber);
-            if (fiber.done) --left, ++progress_;
+            if (fiber.done) --left, ++progress_, ++ended_[(warp * 32 + lane) / launch_.threads];
           }
         }
       }
@@ -315,6 +316,7 @@ class Block {
   }
 
   Barrier& barrier(int rank, uint32_t at) {
+    if (ended_[rank] == launch_.threads) emulation_fails("shared memory of a block of the cluster that has ended");
     const auto found = barriers_[rank].find(at);
     if (found == barriers_[rank].end()) emulation_fails("mbarrier: not initialised");
     return found->second;
@@ -431,6 +433,7 @@ class Block {
   std::vector<Fiber> fibers_;
   std::vector<Meeting> warps_, groups_, blocks_;
   Meeting cluster_;
+  std::vector<int> ended_;  // threads of a block
   std::deque<Box> boxes_;
   std::vector<std::deque<std::vector<Matrix>>> pending_;         // a warp's groups of wgmma, the last one open
   std::map<int, std::map<float*, std::vector<float>>> results_;  // of pending ones; registers hold NaNs meanwhile
@@ -466,7 +469,10 @@ inline void Emulated::sync() {
   block_->meet(block_->blocks_[rank_], threads(), "barrier", [] {});
 }
 
-inline void Emulated::cluster_sync() { block_->meet(block_->cluster_, block_->all_threads_, "cluster barrier", [] {}); }
+inline void Emulated::cluster_sync() {
+  if (block_->launch_.defect == Defect::no_cluster) return;
+  block_->meet(block_->cluster_, block_->all_threads_, "cluster barrier", [] {});
+}
 
 inline uint32_t Emulated::ballot(bool value) {
   Block& b = *block_;

@@ -264,7 +264,7 @@ KF_HOST_DEVICE int64_t pair_count(const Product& a, int TN) { return int64_t(ove
 // it multiplies, and is put at an eighth more of its time (arithmetic on bytes a step, 32 KB to 24 KB for half the
 // products, of which the cache's bandwidth bears most; not measured).
 KF_HOST_DEVICE int tile_columns(const Product& a, int processors) {
-  const int clusters = processors / 2 > 0 ? processors / 2 : 1;
+  const int clusters = processors / 2;
   const int64_t wide = (pair_count(a, 256) + clusters - 1) / clusters * 16;
   const int64_t narrow = (pair_count(a, 128) + clusters - 1) / clusters * 9;
   return wide <= narrow ? 256 : 128;

@@ -77,7 +77,8 @@ const Named kDefects[] = {{"fragment", Defect::fragment},     {"transposed", Def
                           {"no_edges", Defect::no_edges},     {"offsets", Defect::offsets},
                           {"no_swizzle", Defect::no_swizzle}, {"no_wait", Defect::no_wait},
                           {"early_free", Defect::early_free}, {"early_read", Defect::early_read},
-                          {"own_free", Defect::own_free},     {"no_exchange", Defect::no_exchange}};
+                          {"own_free", Defect::own_free},     {"no_exchange", Defect::no_exchange},
+                          {"no_cluster", Defect::no_cluster}};
 
 // A factor's rows in memory, guarded at their end.
 struct Rows {
