@@ -167,7 +167,8 @@ struct Device {
   __device__ __forceinline__ void barrier_wait_cluster(uint32_t at, int parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
-        "wait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@!done bra wait;\n}" ::"r"(at),
+        "wait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra wait;\n}" ::"r"(at),
         "r"(parity)
         : "memory");
   }

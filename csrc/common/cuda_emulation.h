@@ -6,9 +6,10 @@
 // It is unkind on purpose, within what the ISA allows. Shared memory starts as NaNs. One warp runs as far as it can
 // before another does, but lets all others run after it arrived at an mbarrier. Either (`late`) copies land as late as
 // they may, wgmma sees what threads wrote only after their fence.proxy.async, and reads its operands at once: what was
-// not waited for is missing; the copy engine lands its tiles once nothing else can go on. Or copies land and are seen at
-// once, and wgmma reads as late as it may: what was freed too early is overwritten. Accumulators read before wgmma.wait_group are NaNs. A misaligned or wild address, a diverged
-// warp, a missing fence or a deadlock is an error.
+// not waited for is missing; the copy engine's boxes land once nothing else can go on. Or copies land and are seen at
+// once, and wgmma reads as late as it may: what was freed too early is overwritten. Accumulators read before
+// wgmma.wait_group are NaNs. A misaligned or wild address, a diverged warp, a missing fence, a block of a cluster that
+// ends too early or a deadlock is an error.
 // Tensor cores cut what they add, as published measurements say they do, instead of rounding it.
 #pragma once
 

@@ -4,29 +4,31 @@
 //   y  = x Wᵀ + s · z Bᵀ + bias          Q = Wᵀ, S = Bᵀ: elements are neighbours along k (Major::k)
 //   dx = dy W + dz A [+ the layer before's]   Q = W, S = A: neighbours along n (Major::n)
 //
-// One launch on the current stream, no synchronisation, no atomics: each entry of C is one thread's, which adds in an
-// order that depends on shapes alone. So the same call gives the same bits, whatever the GPU's number of processors.
+// One launch on the current stream, no synchronisation, no atomics: each entry of C is one thread's, whose order of
+// adding depends on shapes alone. So on one path the same call gives the same bits, whatever tiles it is cut into.
 //
-// Schedule. The adapter's product goes first: there the scale is one multiplication of the sum, and no factor is rounded
-// by it. Then the base's product goes on in the same accumulators. Tiles are walked in bands of 8 rows of tiles, column
-// by column. Edges in M, N, K1 and K2 are zeros in shared memory.
+// Schedule. The adapter's product goes first: there the scale is one multiplication of the sum, and rounds no factor.
+// Then the base's product goes on in the same accumulators. Tiles are walked in bands of 8 rows of tiles, column by
+// column. Edges in M, N, K1 and K2 are zeros in shared memory.
 //   sm_80:  tiles of 128 × 128, 128 threads, each warp 64 × 64 by mma.sync m16n8k16; 3 stages of 32 of k by cp.async,
 //           two blocks a multiprocessor. Rows that don't start on 16 bytes go through registers instead of cp.async.
-//   sm_90a: clusters of two blocks, each with a tile of 128 × 256 (or 128 × 128 where there are few, see tile_columns);
+//   sm_90a: clusters of two blocks, each with a tile of 128 × 256, or 128 × 128 where there are few (tile_columns);
 //           persistent. One thread of each orders boxes from the copy engine: its own rows of the left factor, and its
 //           half of the right one's tile for both blocks, so that a step of 64 of k reads 32 KB a block and not 48 KB
-//           from the cache. Two warpgroups multiply by wgmma m64n256k16 from shared memory, 4 stages (6 of narrow tiles)
-//           between them on mbarriers; while one stores, the thread orders the next tile's boxes and the other goes on.
-// Lanes exchange words so that each stores 16 bytes of C, and bias and C's old values are added before the one rounding.
+//           from the cache. Two warpgroups multiply by wgmma m64n256k16 from shared memory; 4 stages (6 of narrow
+//           tiles) between them on mbarriers. While one stores, the thread orders the next tile's boxes and the other
+//           warpgroup goes on.
+// Lanes exchange words so that each stores 16 bytes of C; bias and C's old values are added before the one rounding.
 // Hopper's path wants all rows, of C too, on 16 bytes; else it is sm_80's that runs.
 // KORE_FAST_CUDA_PATH=sm80 or sm90 (where it can) forces one.
 //
 // Not here: z = x Aᵀ, dz = s·dy B and dB = s·dyᵀ z, which are vendor products (ops/native/frozen_lora.py). Arithmetic
-// on one read of dy (T, d) for both dz and dB, which would save 2 T d bytes: a block that owns t tokens and c columns of
-// dy leaves sums in fp32, T r d / c of dz and T r d / t of dB, each written and read, 8 T r d (1 / c + 1 / t) bytes. With
-// a block a multiprocessor at T = 8192 and d = 4096 that is least at c = t = 512, r / 64 of what is saved: 12 µs are left
-// at r = 16, 8 at r = 32 and none at r = 64, of about 720, before the launch that adds the sums. And from r = 180 on
-// (780 TFLOP/s, 4.3 TB/s) each product takes longer to multiply than dy to read: a read saved would save no time.
+// on one read of dy (T, d) for both dz and dB, which would save 2 T d bytes: a block that owns t tokens and c columns
+// of dy leaves sums in fp32, T r d / c of dz and T r d / t of dB, each written and read, 8 T r d (1 / c + 1 / t) bytes.
+// With a block a multiprocessor at T = 8192 and d = 4096 that is least at c = t = 512, r / 64 of what is saved: 12 µs
+// are left at r = 16, 8 at r = 32 and none at r = 64, of about 720, before the launch that adds the sums. And from
+// r = 180 on (780 TFLOP/s, 4.3 TB/s) each product takes longer to multiply than dy to read: a read saved would save no
+// time.
 //
 // Accumulation and error. Products of bf16 or fp16 are exact in fp32. Tensor cores add 16 at a time to an fp32
 // accumulator and cut (not round) each term below 2^-24 of the largest. One accumulator takes the whole chain, as the

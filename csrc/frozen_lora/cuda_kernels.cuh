@@ -232,7 +232,7 @@ KF_DEVICE void product_sm80(P& p, const Product& a) {
       }
 }
 
-// ---- sm_90a: clusters of two blocks, one thread of each orders tiles from the copy engine, two warpgroups multiply ---
+// ---- sm_90a: clusters of two blocks; one thread of each orders from the copy engine, two warpgroups multiply ---
 
 // A cluster's blocks own tiles below each other, of kTile × TN. Each brings its rows of the left factor, and half of
 // the right one's tile to both.
