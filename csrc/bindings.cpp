@@ -23,6 +23,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kore_fast, library) {
       "float scaling) -> Tensor[]");
   library.def("frozen_lora_backward_x_native(Tensor dy, Tensor W, Tensor A, Tensor B, float scaling) -> Tensor[]");
   library.def("frozen_lora_backward_b_native(Tensor dy, Tensor z, Tensor like, float scaling) -> Tensor");
+  // C = P Q + scale · R S [+ bias] [+ C], rounded once; on CUDA.
+  library.def(
+      "frozen_lora_product_native_(Tensor(a!) C, Tensor P, Tensor Q, Tensor R, Tensor S, Tensor? bias, float scale, "
+      "bool add) -> ()");
 }
 
 PYBIND11_MODULE(_native, module) {

@@ -2,6 +2,7 @@
 // for the host. Addresses of shared memory are 32-bit, as the instructions take them.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -11,9 +12,12 @@ namespace kore_fast {
 extern __shared__ __align__(1024) unsigned char cuda_shared_memory[];
 
 struct Device {
+  using TensorMap = CUtensorMap;
+
   __device__ __forceinline__ int thread() const { return int(threadIdx.x); }
   __device__ __forceinline__ int threads() const { return int(blockDim.x); }
   __device__ __forceinline__ unsigned block_x() const { return blockIdx.x; }
+  __device__ __forceinline__ int blocks() const { return int(gridDim.x); }
   __device__ __forceinline__ int block_y() const { return int(blockIdx.y); }
   __device__ __forceinline__ int block_z() const { return int(blockIdx.z); }
   __device__ __forceinline__ void sync() { __syncthreads(); }
@@ -27,6 +31,17 @@ struct Device {
     return pair;
   }
 
+  __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+
+  // The value of the lane whose number differs by these bits.
+  __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+
   // Base of dynamic shared memory, on 1024 bytes: the launch asks for 1024 bytes more than the body uses.
   __device__ __forceinline__ uint32_t shared() const {
     return (uint32_t(__cvta_generic_to_shared(cuda_shared_memory)) + 1023u) & ~1023u;
@@ -35,6 +50,14 @@ struct Device {
   __device__ __forceinline__ void load_global16(const void* from, uint32_t (&words)[4]) {
     const uint4 value = __ldg(static_cast<const uint4*>(from));
     words[0] = value.x, words[1] = value.y, words[2] = value.z, words[3] = value.w;
+  }
+  // The same of what the kernel writes later.
+  __device__ __forceinline__ void load_old16(const void* from, uint32_t (&words)[4]) {
+    const uint4 value = *static_cast<const uint4*>(from);
+    words[0] = value.x, words[1] = value.y, words[2] = value.z, words[3] = value.w;
+  }
+  __device__ __forceinline__ void store_global16(void* to, const uint32_t (&v)[4]) {
+    *static_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
   }
   __device__ __forceinline__ void store_shared32(uint32_t at, uint32_t value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
@@ -69,6 +92,12 @@ struct Device {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
   }
 
+  __device__ __forceinline__ void ldmatrix(uint32_t at, uint32_t (&r)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
+  }
   __device__ __forceinline__ void ldmatrix_trans(uint32_t at, uint32_t (&r)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -107,6 +136,60 @@ struct Device {
         "r"(parity)
         : "memory");
   }
+
+  // Clusters: neighbours in x whose shared memories have the same addresses.
+  __device__ __forceinline__ int cluster_rank() const {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return int(rank);
+  }
+  // All threads of the cluster; also makes barriers that were initialised before known to it and to the copy engine.
+  __device__ __forceinline__ void cluster_sync() {
+    asm volatile(
+        "fence.mbarrier_init.release.cluster;\n"
+        "barrier.cluster.arrive.release;\n"
+        "barrier.cluster.wait.acquire;" ::
+            : "memory");
+  }
+  // At the barrier of this address in a block of the cluster.
+  __device__ __forceinline__ void barrier_arrive_at(uint32_t at, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(at),
+        "r"(rank)
+        : "memory");
+  }
+  // Arrives, once the barrier knows of so many bytes more.
+  __device__ __forceinline__ void barrier_expect(uint32_t at, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+  }
+  // As barrier_wait, where other blocks of the cluster arrive too.
+  __device__ __forceinline__ void barrier_wait_cluster(uint32_t at, int parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "wait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra wait;\n}" ::"r"(at),
+        "r"(parity)
+        : "memory");
+  }
+  // One thread orders a box of a matrix, which starts at this column and row; its bytes arrive at the barrier.
+  __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap& map, int column, int row,
+                                            uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            to),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+  }
+  // The same for both blocks of a cluster: one read, to the same addresses of both.
+  __device__ __forceinline__ void load_tile_to_all(uint32_t to, const CUtensorMap& map, int column, int row,
+                                                   uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t(3))
+        : "memory");
+  }
   __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
   template <int COUNT>
   __device__ __forceinline__ void registers_down() {
@@ -129,11 +212,15 @@ struct Device {
 #define KF_ALL(op, r)                                                                                            \
   KF_ROW(op, r, 0), KF_ROW(op, r, 8), KF_ROW(op, r, 16), KF_ROW(op, r, 24), KF_ROW(op, r, 32), KF_ROW(op, r, 40), \
       KF_ROW(op, r, 48), KF_ROW(op, r, 56)
+#define KF_MORE(op, r)                                                                                      \
+  KF_ALL(op, r), KF_ROW(op, r, 64), KF_ROW(op, r, 72), KF_ROW(op, r, 80), KF_ROW(op, r, 88), KF_ROW(op, r, 96), \
+      KF_ROW(op, r, 104), KF_ROW(op, r, 112), KF_ROW(op, r, 120)
   // Keeps the compiler from moving uses of the accumulators across a fence or a wait.
   __device__ __forceinline__ void wgmma_hold(float (&c)[64]) { asm volatile("" : KF_ALL("+f", c)::"memory"); }
+  __device__ __forceinline__ void wgmma_hold(float (&c)[128]) { asm volatile("" : KF_MORE("+f", c)::"memory"); }
 
-  // c (64 × 128 of a warpgroup) = or += A B, operands in shared memory, both MN-major ("transposed").
-  template <auto FORMAT>
+  // c (64 × 128 or 64 × 256 of a warpgroup) = or += A B, operands in shared memory, MN-major ("transposed") or K-major.
+  template <auto FORMAT, bool A_MN = true, bool B_MN = true>
   __device__ __forceinline__ void wgmma(float (&c)[64], uint64_t a, uint64_t b, bool accumulate) {
 #define KF_WGMMA(TYPE)                                                                              \
   asm volatile(                                                                                     \
@@ -143,15 +230,39 @@ struct Device {
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "            \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "            \
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "           \
-      "%64, %65, p, 1, 1, 1, 1;\n}"                                                                 \
+      "%64, %65, p, 1, 1, %67, %68;\n}"                                                             \
       : KF_ALL("+f", c)                                                                             \
-      : "l"(a), "l"(b), "r"(int(accumulate)))
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A_MN)), "n"(int(B_MN)))
     if constexpr (int(FORMAT) == 0)
       KF_WGMMA("bf16");
     else
       KF_WGMMA("f16");
 #undef KF_WGMMA
   }
+  template <auto FORMAT, bool A_MN = true, bool B_MN = true>
+  __device__ __forceinline__ void wgmma(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
+#define KF_WGMMA(TYPE)                                                                              \
+  asm volatile(                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                 \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " "                              \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                     \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "            \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "            \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "            \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "            \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "            \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
+      "%128, %129, p, 1, 1, %131, %132;\n}"                                                         \
+      : KF_MORE("+f", c)                                                                            \
+      : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A_MN)), "n"(int(B_MN)))
+    if constexpr (int(FORMAT) == 0)
+      KF_WGMMA("bf16");
+    else
+      KF_WGMMA("f16");
+#undef KF_WGMMA
+  }
+#undef KF_MORE
 #undef KF_ALL
 #undef KF_ROW
 #endif

@@ -34,21 +34,16 @@
 // speed: not measured (figures come from benchmarks/results only).
 
 #include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdlib>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 
 #include "../common/cuda_device.cuh"
+#include "../common/cuda_host.h"
 #include "cuda_kernels.cuh"
 
 namespace kore_fast::covariance {
@@ -57,7 +52,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kAlignment = 1024;  // bytes that Device::shared() may skip
 constexpr int kStateThreads = 256, kListThreads = 1024;
 
 __global__ void __launch_bounds__(kStateThreads) row_states_kernel(Rows a) {
@@ -92,57 +86,14 @@ __global__ void __launch_bounds__(kWorkers) add_splits_kernel(Product a) {
   add_splits<Device, Path, Acc>(p, a);
 }
 
+constexpr Call call{"covariance_update_"};
+
 template <class... Words>
 [[noreturn]] void fail(const Words&... words) {
-  std::ostringstream message;
-  message << "covariance_update_ (CUDA): ";
-  (message << ... << words);
-  throw std::runtime_error(message.str());
+  call.fail(words...);
 }
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail(what, ": ", cudaGetErrorString(error));
-}
-
-// torch's current stream. libtorch_cuda is looked up, not linked, so that one build serves every torch with CUDA.
-cudaStream_t current_stream(int device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    void* symbol = dlsym(library == nullptr ? RTLD_DEFAULT : library, "aoti_torch_get_current_cuda_stream");
-    return reinterpret_cast<Get>(symbol);
-  }();
-  if (get == nullptr)
-    fail("torch's libtorch_cuda.so is not loaded or lacks aoti_torch_get_current_cuda_stream; "
-         "install a torch (2.11 or later) built for CUDA");
-  void* stream = nullptr;
-  if (get(device, &stream) != 0) fail("torch gave no current stream for device ", device);
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Whether Hopper's path runs: its kernel must have come as sm_90a machine code, not from older PTX.
-bool use_sm90(int device) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  if (major < 8) fail("needs compute capability 8.0 or higher, device ", device, " has ", major, ".", minor);
-  const char* forced = std::getenv("KORE_FAST_CUDA_PATH");
-  const std::string path = forced == nullptr ? "" : forced;
-  if (!path.empty() && path != "sm80" && path != "sm90")
-    fail("KORE_FAST_CUDA_PATH is '", path, "'; want sm80, sm90, or unset");
-  if (path == "sm80") return false;
-  bool can = major == 9 && minor == 0;
-  if (can) {
-    cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, product_sm90_kernel<Format::bf16, Load::async, double>),
-          "cudaFuncGetAttributes");
-    can = attributes.ptxVersion >= 90;
-  }
-  if (path == "sm90" && !can)
-    fail("KORE_FAST_CUDA_PATH=sm90 needs compute capability 9.0 and a build for sm_90a; device ", device, " has ",
-         major, ".", minor);
-  return can;
-}
+void check(cudaError_t error, const char* what) { call.check(error, what); }
 
 template <class Path, class Acc, class Kernel>
 void launch_product(Kernel kernel, const Product& a, int64_t groups, cudaStream_t stream) {
@@ -172,14 +123,6 @@ void multiply(Load load, bool sm90, const Product& a, int64_t groups, cudaStream
     case Load::copy: return multiply<F, Load::copy, Acc>(sm90, a, groups, stream);
     case Load::weighted: return multiply<F, Load::weighted, Acc>(sm90, a, groups, stream);
   }
-}
-
-std::string shape(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ")";
-  return text.str();
 }
 
 // x as (groups, rows, d) with one stride a row, or a copy where its token dimensions don't have one.
@@ -259,8 +202,8 @@ void covariance_update(Tensor C, Tensor count, Tensor x, std::optional<Tensor> m
   // torch's guard restores the device as torch sees it; this library's own CUDA runtime is told separately.
   const torch::stable::accelerator::DeviceGuard guard(device);
   check(cudaSetDevice(device), "cudaSetDevice");
-  const bool sm90 = use_sm90(device);
-  const cudaStream_t stream = current_stream(device);
+  const bool sm90 = call.use_sm90(device, product_sm90_kernel<Format::bf16, Load::async, double>);
+  const cudaStream_t stream = call.current_stream(device);
 
   const Flat flat = flatten(x, grouped, d);
   if (mask) mask = torch::stable::contiguous(*mask);
@@ -313,8 +256,7 @@ void covariance_update(Tensor C, Tensor count, Tensor x, std::optional<Tensor> m
   a.C = C.data_ptr();
   a.C_group = grouped ? C.stride(0) : 0;
   a.C_row = d > 1 ? C.stride(C.dim() - 2) : 1;
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  const int processors = call.attribute(cudaDevAttrMultiProcessorCount, device);
   const int64_t tiles = groups * tile_count(a.d);
   a.splits = split_count(tiles, rows, processors);
   std::optional<Tensor> parts;

@@ -5,69 +5,20 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#if defined(__CUDACC__)
-#define KF_DEVICE __device__ __forceinline__
-#define KF_HOST_DEVICE __host__ __device__ __forceinline__
-#define KF_UNROLL _Pragma("unroll")
-#define KF_NO_UNROLL _Pragma("unroll 1")
-#else
-#define KF_DEVICE inline
-#define KF_HOST_DEVICE inline
-#define KF_UNROLL
-#define KF_NO_UNROLL
-#endif
+#include "../common/cuda_bits.cuh"
+#include "../common/cuda_layouts.cuh"
 
 namespace kore_fast::covariance {
 
-enum class Format { bf16, fp16 };                   // of x
 enum class Load { async, copy, weighted };          // cp.async | through registers (unaligned x) | w·x split in parts
 enum class Scale { none, fp16, bf16, fp32, fp64 };  // dtype of the weights
 enum State : uint8_t { dropped = 0, kept = 1, nonfinite = 2 };
 
 constexpr int kTile = 128;              // a block owns kTile × kTile of C
-constexpr int kChunk = 8;               // elements of a 16-byte chunk
 constexpr int kChunks = kTile / kChunk; // chunks of a row of a tile
 constexpr int kFlush = 128;             // products that the tensor cores' accumulators hold at most
 constexpr int kBand = 8;                // rows of tiles that the schedule walks together
-
-// ---- bits -----------------------------------------------------------------------------------------------------------
-
-KF_HOST_DEVICE float as_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-KF_HOST_DEVICE uint32_t as_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
-KF_HOST_DEVICE float bf16_to_float(uint16_t bits) { return as_float(uint32_t(bits) << 16); }
-
-// Nearest, ties to even. A NaN stays one; an overflow becomes an infinity.
-KF_HOST_DEVICE uint16_t float_to_bf16(float value) {
-  const uint32_t bits = as_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-KF_HOST_DEVICE float fp16_to_float(uint16_t bits) {
-  const uint32_t sign = uint32_t(bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
-  if (exponent == 0) {
-    const float magnitude = float(mantissa) * 5.9604644775390625e-08f;  // 2^-24: fp16's subnormals are fp32's normals
-    return as_float(as_bits(magnitude) | sign);
-  }
-  return as_float(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | (mantissa << 13));
-}
-
-template <Format F>
-KF_HOST_DEVICE float to_float(uint16_t bits) {
-  return F == Format::bf16 ? bf16_to_float(bits) : fp16_to_float(bits);
-}
 
 // A product that the compiler may not fuse with a later sum.
 KF_DEVICE float product(float a, float b) {
@@ -303,21 +254,6 @@ template <Format F>
 KF_DEVICE uint16_t right_part(uint16_t x, int part) {
   return F == Format::bf16 ? x : part_of(fp16_to_float(x), 0.0f, part);
 }
-
-// Where chunk (row, chunk) of an operand's stage stands. Both XOR a chunk's number with its row, so that the eight rows
-// of an 8 × 8 matrix lie in different banks.
-struct RowsLayout {  // 256-byte rows: for ldmatrix
-  static constexpr int kPitch = 256;
-  static KF_DEVICE uint32_t at(int row, int chunk) { return row * 256 + ((chunk ^ (row & 7)) << 4); }
-};
-
-template <int BK>
-struct AtomsLayout {  // 64 columns of all rows, then the other 64: wgmma's MN-major 128-byte swizzle
-  static constexpr int kPitch = 128;
-  static KF_DEVICE uint32_t at(int row, int chunk) {
-    return (chunk >> 3) * (BK * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
-  }
-};
 
 // Brings BK kept rows of the two column panels of a tile into shared memory. Rows past the last and columns past d are
 // zeros there; rows that were not kept are never read.
@@ -600,14 +536,6 @@ KF_DEVICE void product_sm80(P& p, const Product& a) {
 
 // -- sm_90a: one warpgroup loads, two multiply with wgmma from shared memory
 
-// Descriptor of a wgmma operand in AtomsLayout (PTX ISA, "Matrix descriptor format", MN-major, 128-byte swizzle):
-// start address, distance of the next 64 columns (leading), distance of the next 8 rows (stride), in units of 16 bytes.
-template <int BK>
-KF_DEVICE uint64_t descriptor(uint32_t address) {
-  constexpr uint64_t leading = BK * 128 / 16, stride = 8 * 128 / 16;
-  return uint64_t((address & 0x3ffff) >> 4) | leading << 16 | stride << 32 | uint64_t(1) << 62;
-}
-
 template <class P, Format F, Load L, class Acc>
 KF_DEVICE void product_sm90(P& p, const Product& a) {
   using S = Sm90;
@@ -668,8 +596,8 @@ KF_DEVICE void product_sm90(P& p, const Product& a) {
         p.wgmma_fence();
         KF_UNROLL
         for (int k = 0; k < BK; k += 16)
-          p.template wgmma<kOperand<F, L>>(acc, descriptor<BK>(at + half * (BK * 128) + k * 128),
-                                           descriptor<BK>(at + b_offset + k * 128), step != begin || k != 0);
+          p.template wgmma<kOperand<F, L>>(acc, descriptor_mn<BK>(at + half * (BK * 128) + k * 128),
+                                           descriptor_mn<BK>(at + b_offset + k * 128), step != begin || k != 0);
         p.wgmma_commit();
         if (step > begin) {
           p.template wgmma_wait<1>();
