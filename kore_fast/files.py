@@ -154,6 +154,7 @@ def read_jsonl(path: str | Path) -> list[tuple[int, Any]]:
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_AFTER_A_VALUE = tuple(" \t\n\r,]")
 _BLOCK = 1 << 16
 
 
@@ -225,14 +226,15 @@ def _values_of_list(path: str | Path, file: TextIO) -> Iterator[tuple[str, Any]]
             try:
                 value, end = decoder.raw_decode(text, at)
             except json.JSONDecodeError as error:
-                if not ended and more():
+                if not ended:  # it may be whole with what comes next
+                    more()
                     continue
                 raise refuse(error.msg, error.pos) from None
             except (ValueError, RecursionError) as error:
                 raise refuse(str(error), at) from None
-            if end == len(text) and not ended and more():
-                continue  # a number may go on in what comes next
-            break
+            if ended or text[end : end + 1] in _AFTER_A_VALUE:
+                break
+            more()  # a number may go on in what comes next
         at = end
         yield f"sample {count}", value
         count += 1

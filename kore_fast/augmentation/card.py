@@ -25,6 +25,7 @@ from kore_fast.files import write_text
 UNKNOWN = "unknown"
 EXAMPLES = 5
 LISTED = 40
+TOLD = 12
 _PERCENTILES = (5, 50, 95)
 _HUB_LICENCES = {
     "cc0-1.0",
@@ -413,7 +414,11 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], trusted: tuple[
 
 
 def _listing(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{_plain(name)} {count:,}" for name, count in counts.items()) or "none"
+    """The most frequent ones; card.json has more."""
+    listed = [f"{_plain(name)} {count:,}" for name, count in list(counts.items())[:TOLD]]
+    if len(counts) > TOLD:
+        listed.append(f"and {len(counts) - TOLD} more")
+    return ", ".join(listed) or "none"
 
 
 def _names(names: list[str]) -> str:

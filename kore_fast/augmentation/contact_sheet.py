@@ -85,7 +85,7 @@ class ContactSheet:
 
         names = names or {}
         chosen = [one for heap in self._chosen.values() for one in heap]
-        chosen.sort(key=lambda one: (one.sample.branch or "other", -one.order, one.sample.id))
+        chosen.sort(key=lambda one: (not one.origin.flags, one.sample.branch or "other", -one.order, one.sample.id))
         cards = [_card(one.sample, one.origin, Path(image_root), names) for one in chosen]
         folder = files("kore_fast.augmentation") / "pages"
         script = (folder / "contact_sheet.js").read_text(encoding="utf-8")

@@ -24,8 +24,8 @@ function show() {
   document.getElementById("where").textContent =
     count + (pages > 1 ? ", page " + (page + 1) + " of " + pages : "");
   document.getElementById("none").hidden = fitting.length > 0;
-  document.getElementById("back").disabled = page === 0;
-  document.getElementById("on").disabled = page >= pages - 1;
+  document.getElementById("previous").disabled = page === 0;
+  document.getElementById("next").disabled = page >= pages - 1;
 }
 
 function turn(by) {
@@ -35,6 +35,6 @@ function turn(by) {
 }
 
 for (const control of Object.values(controls)) control.addEventListener("input", () => { page = 0; show(); });
-document.getElementById("back").addEventListener("click", () => turn(-1));
-document.getElementById("on").addEventListener("click", () => turn(1));
+document.getElementById("previous").addEventListener("click", () => turn(-1));
+document.getElementById("next").addEventListener("click", () => turn(1));
 show();

@@ -48,6 +48,19 @@ def test_datasets_decodes_the_paths_of_a_messages_file(root: Path, tmp_path: Pat
     assert loaded[1]["images"][0].size == (5, 4)
 
 
+@pytest.mark.parametrize("name", ["llama-factory", "swift"])
+def test_datasets_loads_what_the_trainers_load_with_it(name: str, root: Path, tmp_path: Path) -> None:  # noqa: F811
+    datasets = pytest.importorskip("datasets")
+    path = root / f"out{FORMATS[name].suffix}"
+    FORMATS[name].write(path, SAMPLES, root)
+    loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert [row["images"] for row in loaded] == [list(one.images) for one in SAMPLES]
+    for row, one in zip(loaded, SAMPLES, strict=True):
+        turns = row["messages"][1:] if one.system else row["messages"]
+        assert [turn["content"] for turn in turns] == [turn.value for turn in one.conversations]
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+
+
 @pytest.mark.parametrize("name", ["parquet", "messages"])
 def test_trls_collator_takes_the_rows(name: str, root: Path, tmp_path: Path, tiny_processor: Any) -> None:  # noqa: F811
     trainer = pytest.importorskip("trl.trainer.sft_trainer")
