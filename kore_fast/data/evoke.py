@@ -40,6 +40,7 @@ _KIND = re.compile(
 )
 _SUBJECT = re.compile(r"^(?:The\s+)?(?P<name>[^.!?;:\n]{2,80}?),?\s+(?:is|are|was|were)\s+(?:an?|the|one of)\b")
 _SENTENCE = re.compile(r"^(.+?[.!?][\"”')\]]*)(?=\s+[\"“'(\[]?[A-Z0-9]|\s*$)", re.DOTALL)
+_APART = re.compile(r"\s*\([^()]*\)$")
 _NAME_WORDS = 25
 
 
@@ -232,12 +233,15 @@ def _name(
     if quoted:
         return " ".join((quoted[1] or quoted[2]).split()).rstrip(",."), "question"
     stem = PurePosixPath(image.replace("\\", "/")).stem
-    if stem.lower().endswith("_wiki") and stem[:-5].strip():
-        return " ".join(stem[:-5].replace("_", " ").split()), "image file"
     flat = " ".join(text.split())
+    if stem.lower().endswith("_wiki") and stem[:-5].strip():
+        name = " ".join(stem[:-5].replace("_", " ").split())
+        bare = _APART.sub("", name)
+        # "Reed (film)" tells articles apart; the text says "Reed".
+        return bare if bare and bare in flat and name not in flat else name, "image file"
     subject = None if _is_news(record, question, image) else _SUBJECT.match(flat)
     if subject and len(subject["name"].split()) <= 12:
-        return subject["name"].strip(), "opening of the text"
+        return re.split(r",\s+(?:an?|the)\b", subject["name"])[0].strip(), "opening of the text"
     sentence = _SENTENCE.match(flat)
     opening = (sentence[1] if sentence else flat).rstrip(".").strip()
     if opening and len(opening.split()) <= _NAME_WORDS and any(letter.isalnum() for letter in opening):

@@ -74,6 +74,22 @@ def test_a_names_file_beside_it_goes_before_everything(tmp_path: Path) -> None:
         read_evoke(path)
 
 
+@pytest.mark.parametrize(
+    ("image", "text", "name"),
+    [
+        ("Reed (film)_wiki.jpg", "Reed is a film of 2024.", "Reed"),
+        ("Reed (film)_wiki.jpg", "Reed (film) came out in 2024.", "Reed (film)"),
+        ("Lenin Park (Hanoi)_wiki.jpg", "A park in the middle of the city.", "Lenin Park (Hanoi)"),
+        ("x.jpg", "The Ness Ferry, a boat of 2024, was the first of its kind.", "Ness Ferry"),
+        ("news/x.jpg", "Kites were the talk of the day. More follows.", "Kites were the talk of the day"),
+        ("news/x.jpg", "A rule of the town of Ness, " + "which is long " * 12 + ".", "A rule of the town of Ness"),
+    ],
+)
+def test_names_are_those_a_reader_would_give(tmp_path: Path, image: str, text: str, name: str) -> None:
+    path = build(tmp_path, [record(1, image, "What is this?", text)])
+    assert read_evoke(path).items[0].name == name
+
+
 def test_all_problems_come_at_once_with_their_records(tmp_path: Path) -> None:
     long = " ".join(["word"] * 40)
     records = [

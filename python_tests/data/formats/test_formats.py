@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -320,6 +321,17 @@ def test_files_that_hold_no_samples(root: Path) -> None:
     path = write("swift", root)
     with pytest.raises(DataError, match="is the source itself"):
         convert(path, path, "llava")
+
+
+def test_without_pyarrow_parquet_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (root / "x.parquet").write_bytes(b"PAR1")
+    for use in (
+        lambda: FORMATS["parquet"].write(root / "y.parquet", SAMPLES, root),
+        lambda: read_any(root / "x.parquet"),
+    ):
+        with pytest.raises(DataError, match=r"pip install \"kore-fast\[parquet\]\""):
+            use()
 
 
 def test_parts_give_back_the_text_whatever_stands_around_the_marks() -> None:
