@@ -93,9 +93,27 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_pieces(path: str | Path, pieces: Iterable[str]) -> None:
-    """Write pieces of text one after another as UTF-8, whole or not at all; only one is held at a time."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(pieces)
+    """Write pieces of text one after another as UTF-8, whole or not at all; only one is held at a time.
+
+    What goes wrong in making a piece is raised as it is, not as a failure to write.
+    """
+    failure: OSError | None = None
+
+    def watched() -> Iterator[str]:
+        nonlocal failure
+        try:
+            yield from pieces
+        except OSError as error:
+            failure = error
+            raise
+
+    try:
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(watched())
+    except DataError:
+        if failure is not None:
+            raise failure from None
+        raise
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:

@@ -199,3 +199,13 @@ def test_what_cannot_be_iterated(tmp_path: Path) -> None:
     for name, said in (("none", "no such file"), ("latin", "not UTF-8 text"), (".", "is a folder")):
         with pytest.raises(DataError, match=said):
             list(iterate_json(tmp_path / name))
+
+
+def test_a_failure_to_make_a_piece_is_not_one_to_write(tmp_path: Path) -> None:
+    def pieces() -> Any:
+        yield "first"
+        raise PermissionError(errno.EACCES, "not yours")
+
+    with pytest.raises(PermissionError, match="not yours"):
+        files.write_pieces(tmp_path / "out", pieces())
+    assert list(tmp_path.iterdir()) == []

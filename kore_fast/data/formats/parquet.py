@@ -51,7 +51,7 @@ def write(
         rows: list[dict[str, Any]] = []
         size = 0
         for sample in checked_for_writing(path, samples, checks):
-            pictures = [{"bytes": inside(root, image).read_bytes(), "path": image} for image in sample.images]
+            pictures = [{"bytes": _bytes(root, image), "path": image} for image in sample.images]
             rows.append(messages_row(sample, pictures))
             size += sum(len(picture["bytes"]) for picture in pictures)
             if len(rows) >= GROUP_ROWS or size >= GROUP_BYTES:
@@ -96,6 +96,13 @@ def unpack_images(path: str | Path, folder: str | Path, *, max_pixels: int = MAX
             problems.add(f"{place}: {error}")
     problems.raise_any(path, "pictures")
     return written
+
+
+def _bytes(root: Path, image: str) -> bytes:
+    try:
+        return inside(root, image).read_bytes()
+    except OSError as error:
+        raise DataError(f"image {image!r} below {root} cannot be read ({error.strerror or error})") from None
 
 
 def _rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
