@@ -5,6 +5,7 @@ import random
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,8 @@ from kore_fast.data.formats.records import join_parts, split_parts
 from kore_fast.data.samples import Sample
 from kore_fast.errors import DataError
 
-NAMES = [
-    pytest.param(
-        name,
-        marks=[] if name != "parquet" else pytest.mark.skipif("not __import__('importlib').util.find_spec('pyarrow')"),
-    )
-    for name in FORMATS
-]
+NEEDS_PYARROW = pytest.mark.skipif(find_spec("pyarrow") is None, reason="parquet needs pyarrow")
+NAMES = [pytest.param(name, marks=[NEEDS_PYARROW] if name == "parquet" else []) for name in FORMATS]
 TEXT = [name for name in FORMATS if name != "parquet"]
 
 
