@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kore_fast.errors import DataError
 
@@ -91,9 +92,46 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_pieces(path: str | Path, pieces: Iterable[str]) -> None:
+    """Write pieces of text one after another as UTF-8, whole or not at all; only one is held at a time.
+
+    What goes wrong in making a piece is raised as it is, not as a failure to write.
+    """
+    failure: OSError | None = None
+
+    def watched() -> Iterator[str]:
+        nonlocal failure
+        try:
+            yield from pieces
+        except OSError as error:
+            failure = error
+            raise
+
+    try:
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(watched())
+    except DataError:
+        if failure is not None:
+            raise failure from None
+        raise
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    """Write one JSON value a line; only one is held at a time."""
+    write_pieces(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_json_list(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write a JSON list, one value a line; only one is held at a time."""
+
+    def pieces() -> Iterator[str]:
+        written = 0
+        for row in rows:
+            yield ("[\n" if not written else ",\n") + json.dumps(row, ensure_ascii=False, allow_nan=False)
+            written += 1
+        yield "\n]\n" if written else "[]\n"
+
+    write_pieces(path, pieces())
 
 
 def read_json(path: str | Path) -> Any:
@@ -131,6 +169,102 @@ def read_jsonl(path: str | Path) -> list[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not valid JSON ({error})") from None
     return rows
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_AFTER_A_VALUE = tuple(" \t\n\r,]")
+_BLOCK = 1 << 16
+
+
+def iterate_json(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON list or of a JSON-lines file, told apart by their first character, as (place, value).
+
+    ``place`` is ``"sample N"`` counted from 0 in a list, ``"line N"`` counted from 1 in JSON lines, where empty lines
+    are passed over. Only one value is held at a time; a byte-order mark is passed over.
+
+    Raises:
+        DataError: missing, not UTF-8 or not JSON; names the file and the line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            start = file.read(_BLOCK)
+            while start and start.isspace():
+                start = file.read(_BLOCK)
+            is_list = start.lstrip().startswith("[")
+            file.seek(0)
+            yield from _values_of_list(path, file) if is_list else _values_of_lines(path, file)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder; name a file in it") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def _values_of_lines(path: str | Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not valid JSON ({error})") from None
+        yield f"line {number}", value
+
+
+def _values_of_list(path: str | Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+    decoder = json.JSONDecoder()
+    text, at, line, ended = "", 0, 1, False
+
+    def more() -> bool:
+        """Read on, by as much as is waiting, so that a long value is not parsed again and again."""
+        nonlocal text, at, line, ended
+        block = file.read(max(_BLOCK, len(text) - at))
+        line += text.count("\n", 0, at)
+        text, at, ended = text[at:] + block, 0, not block
+        return not ended
+
+    def next_mark() -> str:
+        nonlocal at
+        while True:
+            at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # the pattern matches anywhere
+            if at < len(text) or not more():
+                return text[at : at + 1]
+
+    def refuse(what: str, place: int) -> DataError:
+        return DataError(f"{path}, line {line + text.count(chr(10), 0, place)}: not valid JSON ({what})")
+
+    next_mark()
+    at += 1  # the opening bracket
+    count = 0
+    while True:
+        if next_mark() == "]" and count == 0:
+            break
+        while True:
+            try:
+                value, end = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                if not ended:  # it may be whole with what comes next
+                    more()
+                    continue
+                raise refuse(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:
+                raise refuse(str(error), at) from None
+            if ended or text[end : end + 1] in _AFTER_A_VALUE:
+                break
+            more()  # a number may go on in what comes next
+        at = end
+        yield f"sample {count}", value
+        count += 1
+        mark = next_mark()
+        if mark == "]":
+            break
+        if mark != ",":
+            raise refuse(f"expected ',' or ']' after sample {count - 1}, found {mark!r}", at)
+        at += 1
+    at += 1
+    if next_mark():
+        raise refuse("there is more after the list's end", at)
 
 
 def sha256_file(path: str | Path) -> str:

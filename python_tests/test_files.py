@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kore_fast import files
 from kore_fast.errors import DataError
 from kore_fast.files import (
     atomic_path,
     inside,
+    iterate_json,
     new_folder,
     read_json,
     read_jsonl,
@@ -143,3 +147,65 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with new_folder(tmp_path / "empty") as temporary:
         (temporary / "whole").write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "file"]
+
+
+def random_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.randrange(4 if depth > 2 else 6)
+    if kind == 4:
+        return [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if kind == 5:
+        return {f"k{n}]": random_value(rng, depth + 1) for n in range(rng.randrange(4))}
+    return (rng.randrange(-(10**9), 10**9), rng.random(), 'ü"],[\n ' * rng.randrange(3), rng.choice((None, True)))[kind]
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 1 << 16])
+def test_values_come_one_by_one_as_a_whole_parse_gives_them(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_BLOCK", block)
+    rng = random.Random(block)
+    for indent in (None, 2):
+        values = [random_value(rng) for _ in range(40)]
+        (tmp_path / "list.json").write_text("\ufeff \n" + json.dumps(values, indent=indent, ensure_ascii=False) + "\n ")
+        assert list(iterate_json(tmp_path / "list.json")) == [(f"sample {n}", v) for n, v in enumerate(values)]
+        (tmp_path / "lines.jsonl").write_text("\n".join(["", *(json.dumps({"v": value}) for value in values)]))
+        assert list(iterate_json(tmp_path / "lines.jsonl")) == [
+            (f"line {n + 2}", {"v": v}) for n, v in enumerate(values)
+        ]
+    (tmp_path / "list.json").write_text("[ ]")
+    assert list(iterate_json(tmp_path / "list.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[\n{"a": 1},\n{"a": }\n]', "line 3: not valid JSON"),
+        ("[1, 2", "not valid JSON \\(expected ',' or ']' after sample 1, found ''"),
+        ("[1 2]", "expected ',' or '\\]' after sample 0, found '2'"),
+        ("[1,]", "line 1: not valid JSON"),
+        ("[1]\n[2]", "line 2: not valid JSON \\(there is more after the list's end"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"a": 1}\n{"a"', "line 2: not valid JSON"),
+    ],
+)
+def test_a_broken_list_or_line_is_named(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "broken").write_text(text)
+    with pytest.raises(DataError, match=said):
+        list(iterate_json(tmp_path / "broken"))
+
+
+def test_what_cannot_be_iterated(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes('["ü"]'.encode("latin-1"))
+    for name, said in (("none", "no such file"), ("latin", "not UTF-8 text"), (".", "is a folder")):
+        with pytest.raises(DataError, match=said):
+            list(iterate_json(tmp_path / name))
+
+
+def test_a_failure_to_make_a_piece_is_not_one_to_write(tmp_path: Path) -> None:
+    def pieces() -> Any:
+        yield "first"
+        raise PermissionError(errno.EACCES, "not yours")
+
+    with pytest.raises(PermissionError, match="not yours"):
+        files.write_pieces(tmp_path / "out", pieces())
+    assert list(tmp_path.iterdir()) == []

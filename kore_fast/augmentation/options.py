@@ -33,3 +33,9 @@ class AugmentationOptions(BaseModel):
     """VQA samples an item (up to 5 in the paper)."""
     by_picture: Annotated[int, Field(ge=0)] = 2
     """Held-out questions an item that point at the picture without a name; by name, each fact is asked once."""
+
+    @classmethod
+    def kore_74k(cls, seed: int = 0) -> AugmentationOptions:
+        """The shape of KORE-74K: for each item one dialogue of a template round and up to 10 more, one recognition
+        sample, always "Yes", one caption and up to 5 VQA samples, with single words as answers."""
+        return cls(seed=seed, dialogues=1, rounds=11, negatives=False, natural_answers=False, summary_words=25, vqa=5)

@@ -2,7 +2,7 @@
 
 from kore_fast.data.items import Item, load_items
 from kore_fast.data.questions import Question, read_questions, write_questions
-from kore_fast.data.samples import Sample, Turn, read_samples, validate_sample, write_samples
+from kore_fast.data.samples import Sample, Turn, read_samples, stream_samples, validate_sample, write_samples
 
 __all__ = [
     "Item",
@@ -12,6 +12,7 @@ __all__ = [
     "load_items",
     "read_questions",
     "read_samples",
+    "stream_samples",
     "validate_sample",
     "write_questions",
     "write_samples",

@@ -56,7 +56,8 @@ def encode(
     """Tokens of a conversation in the processor's own chat format.
 
     Args:
-        messages: (role, text) with roles ``"user"`` and ``"assistant"``; each ``<image>`` in a text shows a picture.
+        messages: (role, text) with roles ``"user"`` and ``"assistant"``, perhaps ``"system"`` first; each ``<image>``
+            in a text shows a picture.
         images: the pictures' files, in the order of their marks.
         answer_follows: end with the mark that opens an answer, for generation.
 
@@ -127,7 +128,8 @@ def encode_sample(processor: Any, sample: Sample, image_root: Path) -> Encoded:
     Raises:
         DataError: with the sample's id.
     """
-    messages = [("user" if t.speaker == "human" else "assistant", t.value) for t in sample.conversations]
+    messages = [] if sample.system is None else [("system", sample.system)]
+    messages += [("user" if t.speaker == "human" else "assistant", t.value) for t in sample.conversations]
     try:
         return encode(processor, messages, [image_root / image for image in sample.images])
     except DataError as error:

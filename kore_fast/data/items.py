@@ -14,6 +14,10 @@ from kore_fast.data.problems import describe_validation, raise_problems
 from kore_fast.errors import DataError
 
 IMAGE_TOKEN = "<image>"
+SHAPES = (
+    "items are read as JSON lines of {id, name, image, text[, type, facts, source, licence]}, or as EVOKE's JSON list "
+    'of {"id", "image", "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": knowledge}]}'
+)
 
 FactValue = StrictStr | StrictInt | StrictFloat | list[StrictStr]
 
@@ -77,7 +81,8 @@ class Item(BaseModel):
 
 
 def load_items(path: str | Path, *, check_images: bool = True, max_pixels: int = MAX_PIXELS) -> list[Item]:
-    """Read and check a JSON-lines file of items; image paths are relative to the file's folder.
+    """Read and check a JSON-lines file of items, or EVOKE's JSON list (see `read_evoke`, told apart by the first
+    character); image paths are relative to the file's folder.
 
     Every picture is decoded in full (``check_images=False`` leaves that out).
 
@@ -86,6 +91,10 @@ def load_items(path: str | Path, *, check_images: bool = True, max_pixels: int =
             empty name or text, two items with one id, a picture that is missing, broken, too large or outside.
     """
     path = Path(path)
+    if _is_list(path):
+        from kore_fast.data.evoke import read_evoke  # it makes items itself
+
+        return read_evoke(path, check_images=check_images, max_pixels=max_pixels).items
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -127,10 +136,20 @@ def load_items(path: str | Path, *, check_images: bool = True, max_pixels: int =
                 problems.append(f"{place}: {problem}")
                 continue
         items.append(item)
+    if problems and path.suffix == ".json" and not items:
+        problems.insert(0, SHAPES)
     if not items and not problems:
         problems.append("there is no item in it; write one JSON object a line with id, name, image and text")
     raise_problems(path, "items", problems)
     return items
+
+
+def _is_list(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except OSError:
+        return False  # said where the file is read
 
 
 def image_problem(root: str | Path, relative: str, *, max_pixels: int = MAX_PIXELS) -> str | None:

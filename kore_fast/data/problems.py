@@ -13,15 +13,34 @@ from kore_fast.errors import DataError
 SHOWN = 20
 
 
+class Problems:
+    """Problems found one by one in a file of any length: all are counted, the first ``SHOWN`` are kept."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shown: list[str] = []
+
+    def add(self, *problems: str) -> None:
+        """Take problems up."""
+        self.count += len(problems)
+        self._shown += problems[: SHOWN - len(self._shown)]
+
+    def raise_any(self, path: str | Path, kind: str) -> None:
+        """Raise one DataError that lists the problems kept; nothing happens when there are none."""
+        if not self.count:
+            return
+        lines = [f"  {problem}" for problem in self._shown]
+        if self.count > SHOWN:
+            lines.append(f"  … and {self.count - SHOWN} more")
+        count = "1 problem" if self.count == 1 else f"{self.count} problems"
+        raise DataError("\n".join([f"{path}: {count} in its {kind}:", *lines]))
+
+
 def raise_problems(path: str | Path, kind: str, problems: Sequence[str]) -> None:
     """Raise one DataError that lists the first ``SHOWN`` problems of a file; nothing happens when there are none."""
-    if not problems:
-        return
-    lines = [f"  {problem}" for problem in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"  … and {len(problems) - SHOWN} more")
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise DataError("\n".join([f"{path}: {count} in its {kind}:", *lines]))
+    found = Problems()
+    found.add(*problems)
+    found.raise_any(path, kind)
 
 
 def describe_validation(error: ValidationError, known: Iterable[str]) -> list[str]:

@@ -1,19 +1,21 @@
-"""Samples: training conversations in the LLaVA format, read and written as JSON with one sample a line."""
+"""Samples: training conversations in the LLaVA format, read and written as JSON with one sample a line.
+
+Reading and writing hold one sample at a time, so files of any length pass through; see ``data/formats`` for others.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, field_validator, model_validator
 
 from kore_fast.data.images import MAX_PIXELS
 from kore_fast.data.items import IMAGE_TOKEN, image_problem
-from kore_fast.data.problems import describe_validation, raise_problems
+from kore_fast.data.problems import Problems, describe_validation
 from kore_fast.errors import DataError
-from kore_fast.files import read_json, write_text
+from kore_fast.files import inside, iterate_json, write_json_list
 
 
 class Turn(BaseModel):
@@ -29,8 +31,9 @@ class Sample(BaseModel):
     """One training conversation.
 
     ``image`` is a path relative to an image folder, a list of them, or None for text alone; each picture has one
-    ``<image>`` in a human turn. ``item`` and ``branch`` say where an augmented sample comes from. Keys that are not
-    known here (a user's own file may have some) are passed over.
+    ``<image>`` in a human turn. ``item`` and ``branch`` say where an augmented sample comes from. ``system`` is what
+    the model is told before the conversation; a first turn from ``"system"`` is read as it. Keys that are not known
+    here (a user's own file may have some) are passed over.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +43,15 @@ class Sample(BaseModel):
     conversations: tuple[Turn, ...]
     item: StrictStr | None = None
     branch: StrictStr | None = None
+    system: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _system_turn(cls, record: Any) -> Any:
+        turns = record.get("conversations") if isinstance(record, dict) else None
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict) and turns[0].get("from") == "system":
+            return {**record, "system": turns[0].get("value"), "conversations": turns[1:]}
+        return record
 
     @field_validator("id", mode="before")
     @classmethod
@@ -79,12 +91,27 @@ def conversation_problems(sample: Sample) -> list[str]:
             problems.append(f"turn {number + 1} is empty")
         if turn.speaker == "gpt" and IMAGE_TOKEN in turn.value:
             problems.append(f"turn {number + 1} is an answer and holds {IMAGE_TOKEN}; pictures belong to human turns")
+        if _halves(turn.value):
+            problems.append(f"turn {number + 1} holds half a character (a lone surrogate), which no file can")
+    if sample.system is not None:
+        if not sample.system.strip():
+            problems.append("the system turn is empty; leave it out")
+        if IMAGE_TOKEN in sample.system:
+            problems.append(f"the system turn holds {IMAGE_TOKEN}; pictures belong to human turns")
     marks = sum(turn.value.count(IMAGE_TOKEN) for turn in turns)
     if marks != len(sample.images):
         problems.append(
             f"{len(sample.images)} image(s), but {marks} {IMAGE_TOKEN} mark(s) in its turns; each image needs one mark"
         )
     return problems
+
+
+def _halves(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def validate_sample(sample: Sample, image_root: str | Path | None = None, *, max_pixels: int = MAX_PIXELS) -> None:
@@ -101,6 +128,45 @@ def validate_sample(sample: Sample, image_root: str | Path | None = None, *, max
         raise DataError(f"sample {sample.id!r}: " + "; ".join(problems))
 
 
+class SampleChecks:
+    """What is wrong with samples that come one after another: each alone, and ids that come twice.
+
+    Kept between samples are their ids, and each picture's verdict when ``image_root`` is given: with
+    ``decode=False`` that it is there below the folder, else that it can be decoded in full.
+    """
+
+    def __init__(
+        self, image_root: str | Path | None = None, *, decode: bool = True, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.count = 0
+        self.problems = Problems()
+        self._root, self._decode, self._max_pixels = image_root, decode, max_pixels
+        self._first: dict[str, int] = {}
+        self._pictures: dict[str, str | None] = {}
+
+    def add(self, sample: Sample, place: str) -> None:
+        """Check the next sample; what is wrong goes to ``problems``, named by ``place``."""
+        self.problems.add(*(f"{place}: {problem}" for problem in conversation_problems(sample)))
+        if sample.id in self._first:
+            self.problems.add(_repeated(sample.id, self._first[sample.id], self.count))
+        else:
+            self._first[sample.id] = self.count
+        self.count += 1
+        if self._root is None:
+            return
+        for image in sample.images:
+            if image not in self._pictures:
+                self._pictures[image] = self._look(image)
+            if self._pictures[image] is not None:
+                self.problems.add(f"sample {sample.id!r}: {self._pictures[image]}")
+
+    def _look(self, image: str) -> str | None:
+        assert self._root is not None
+        if self._decode:
+            return image_problem(self._root, image, max_pixels=self._max_pixels)
+        return missing_image(self._root, image)
+
+
 def read_samples(
     path: str | Path, image_root: str | Path | None = None, *, max_pixels: int = MAX_PIXELS
 ) -> list[Sample]:
@@ -109,43 +175,70 @@ def read_samples(
     Raises:
         DataError: lists every problem of the file at once, each with its sample.
     """
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a JSON list of samples, found {type(records).__name__}")
-    samples: list[Sample] = []
-    problems: list[str] = []
-    for position, record in enumerate(records):
-        identity = record.get("id") if isinstance(record, dict) else None
-        place = f"sample {position}" if identity is None else f"sample {position}, id {identity!r}"
-        try:
-            sample = Sample.model_validate(record)
-        except ValidationError as error:
-            problems += [f"{place}: {message}" for message in describe_validation(error, Sample.model_fields)]
-            continue
-        samples.append(sample)
-        problems += [f"{place}: {problem}" for problem in conversation_problems(sample)]
-    if not records:
-        problems.append("there is no sample in it")
-    problems += repeated_ids([sample.id for sample in samples])
-    if image_root is not None:
-        problems += missing_images(
-            [(f"sample {s.id!r}", image) for s in samples for image in s.images], image_root, max_pixels=max_pixels
-        )
-    raise_problems(path, "samples", problems)
+    checks = SampleChecks(image_root, max_pixels=max_pixels)
+    samples = list(_checked(path, checks))
+    _settle(path, checks)
     return samples
 
 
-def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
-    """Write samples as a JSON list, one sample a line, whole or not at all.
+def stream_samples(
+    path: str | Path, image_root: str | Path | None = None, *, max_pixels: int = MAX_PIXELS
+) -> Iterator[Sample]:
+    """`read_samples` for files that do not fit in memory: the whole file is checked here, then its samples come one by
+    one from a second reading."""
+    checks = SampleChecks(image_root, max_pixels=max_pixels)
+    for _ in _checked(path, checks):
+        pass
+    _settle(path, checks)
+    return (Sample.model_validate(record) for _, record in iterate_json(path))
+
+
+def _checked(path: str | Path, checks: SampleChecks) -> Iterator[Sample]:
+    for place, record in iterate_json(path):
+        if not place.startswith("sample"):
+            raise DataError(f"{path}: expected a JSON list of samples, found {type(record).__name__}")
+        identity = record.get("id") if isinstance(record, dict) else None
+        named = place if identity is None else f"{place}, id {identity!r}"
+        try:
+            sample = Sample.model_validate(record)
+        except ValidationError as error:
+            checks.problems.add(*(f"{named}: {said}" for said in describe_validation(error, Sample.model_fields)))
+            continue
+        checks.add(sample, named)
+        yield sample
+
+
+def _settle(path: str | Path, checks: SampleChecks) -> None:
+    if not checks.count:
+        checks.problems.add("there is no sample in it")
+    checks.problems.raise_any(path, "samples")
+
+
+def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
+    """Write samples as a JSON list, one sample a line, whole or not at all; one is held at a time.
 
     Raises:
         DataError: a sample is not valid, or two have one id; nothing is written then.
     """
-    problems = [f"sample {s.id!r}: {problem}" for s in samples for problem in conversation_problems(s)]
-    problems += repeated_ids([sample.id for sample in samples])
-    raise_problems(path, "samples", problems)
-    rows = [json.dumps(sample.to_record(), ensure_ascii=False) for sample in samples]
-    write_text(path, "[\n" + ",\n".join(rows) + "\n]\n" if rows else "[]\n")
+    checks = SampleChecks()
+    write_json_list(path, (sample.to_record() for sample in checked_for_writing(path, samples, checks)))
+
+
+def checked_for_writing(path: str | Path, samples: Iterable[Sample], checks: SampleChecks) -> Iterator[Sample]:
+    """The samples that are valid, as they come; raises after the last one if any was not.
+
+    A writer that takes them into a file which is written whole or not at all leaves none behind then.
+    """
+    for sample in samples:
+        before = checks.problems.count
+        checks.add(sample, f"sample {sample.id!r}")
+        if checks.problems.count == before:
+            yield sample
+    checks.problems.raise_any(path, "samples")
+
+
+def _repeated(identity: str, first: int, again: int) -> str:
+    return f"id {identity!r} comes at {first} and again at {again}; ids must differ"
 
 
 def repeated_ids(ids: Iterable[str]) -> list[str]:
@@ -154,10 +247,19 @@ def repeated_ids(ids: Iterable[str]) -> list[str]:
     problems = []
     for position, identity in enumerate(ids):
         if identity in first:
-            problems.append(f"id {identity!r} comes at {first[identity]} and again at {position}; ids must differ")
+            problems.append(_repeated(identity, first[identity], position))
         else:
             first[identity] = position
     return problems
+
+
+def missing_image(image_root: str | Path, image: str) -> str | None:
+    """Why a picture's file is not there below its folder, or None; the file is not opened."""
+    try:
+        found = inside(image_root, image).is_file()
+    except (DataError, OSError, RuntimeError, ValueError) as error:
+        return f"image {image!r} is not a usable path ({error})"
+    return None if found else f"no image {image!r} below {image_root}; put the file there or correct the path"
 
 
 def missing_images(wanted: Iterable[tuple[str, str]], image_root: str | Path, *, max_pixels: int) -> list[str]:

@@ -61,6 +61,14 @@ def test_labels_are_the_answers_with_their_end_marks(tiny_processor: Any) -> Non
     assert encoded.pixel_values is None
 
 
+def test_a_system_text_stands_before_the_conversation_and_is_no_answer(tiny_processor: Any, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+    sample = Sample.model_validate({"id": "s", "conversations": turns, "system": "Be brief."})
+    encoded = encode_sample(tiny_processor, sample, tmp_path)
+    assert text_of(tiny_processor, encoded.input_ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert labelled(tiny_processor, encoded) == "Me.<|im_end|>\n"
+
+
 def test_pictures_take_their_tokens(tiny_processor: Any, knowledge_folder: Path) -> None:
     paths = [knowledge_folder / "images" / f"{colour}.png" for colour in ("red", "blue")]
     encoded = encode(tiny_processor, [("user", "<image>\nand <image>\nsay"), ("assistant", "Red, blue.")], paths)

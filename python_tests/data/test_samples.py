@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kore_fast.data.samples import Sample, Turn, read_samples, validate_sample, write_samples
+from kore_fast.data.samples import Sample, Turn, read_samples, stream_samples, validate_sample, write_samples
 from kore_fast.errors import DataError
 
 
@@ -79,6 +79,9 @@ def test_what_is_written_reads_back_one_sample_a_line(root: Path) -> None:
         ({"conversations": [{"value": "hm"}]}, "conversations.0: 'from' is missing"),
         ({"conversations": None, "id": " "}, "the id is empty"),
         ({"image": 4}, "'image."),
+        ({"system": " "}, "the system turn is empty; leave it out"),
+        ({"system": "See <image>."}, "the system turn holds <image>"),
+        ({"conversations": turns("<image>\nWhat?", "\ud800")}, "turn 2 holds half a character"),
     ],
 )
 def test_what_is_wrong_with_a_sample_is_named(root: Path, changes: dict[str, Any], message: str) -> None:
@@ -116,6 +119,31 @@ def test_validate_sample_names_the_sample_and_all_that_is_wrong(root: Path) -> N
     bad = Sample.model_validate(record("s9", "b.png", turns("What?", "")))
     with pytest.raises(DataError, match=r"sample 's9': turn 2 is empty; 1 image\(s\).*; no image 'b.png'"):
         validate_sample(bad, root)
+
+
+def test_an_iterator_is_written_as_a_list_is(root: Path) -> None:
+    samples = [Sample.model_validate(record(f"s{place}", item="ü", branch="vqa")) for place in range(3)]
+    rows = [json.dumps(sample.to_record(), ensure_ascii=False) for sample in samples]
+    write_samples(root / "out.json", iter(samples))
+    assert (root / "out.json").read_text(encoding="utf-8") == "[\n" + ",\n".join(rows) + "\n]\n"
+    write_samples(root / "out.json", iter([]))
+    assert (root / "out.json").read_text(encoding="utf-8") == "[]\n"
+
+
+def test_streaming_checks_the_whole_file_before_the_first_sample(root: Path) -> None:
+    path = save(root, [record("a"), record("b")])
+    assert list(stream_samples(path, root)) == read_samples(path, root)
+    with pytest.raises(DataError, match=r"sample 1, id 'a': turn 2 is empty[^$]*id 'a' comes at 0 and again at 1"):
+        stream_samples(save(root, [record("a"), record("a", conversations=turns("<image>\nWhat?", " "))]))
+
+
+def test_a_system_turn_is_read_as_the_samples_system_text(root: Path) -> None:
+    said = record(conversations=[{"from": "system", "value": "Be brief."}, *turns("<image>\nWhat?", "An owl.")])
+    (sample,) = read_samples(save(root, [said]))
+    assert (sample.system, len(sample.conversations)) == ("Be brief.", 2)
+    write_samples(root / "out.json", [sample])
+    assert json.loads((root / "out.json").read_text())[0]["system"] == "Be brief."
+    assert read_samples(root / "out.json") == [sample]
 
 
 def test_a_file_that_is_not_a_list_of_samples(root: Path) -> None:
