@@ -28,6 +28,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING = (408, 425, 429)
+_NEXT_ADDRESS = 5.0
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
 
@@ -306,9 +307,12 @@ def _checked_backend(addresses: Resolve) -> httpcore2.AsyncNetworkBackend:
             socket_options: Iterable[Any] | None = None,
         ) -> httpcore2.AsyncNetworkStream:
             failure: Exception | None = None
-            for address in await addresses(host, port):
+            checked = await addresses(host, port)
+            for place, address in enumerate(checked):
+                # An address that nobody answers at must not take the time of the others.
+                limit = timeout if place == len(checked) - 1 else min(timeout or _NEXT_ADDRESS, _NEXT_ADDRESS)
                 try:
-                    return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
+                    return await self._inner.connect_tcp(address, port, limit, local_address, socket_options)
                 except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                     failure = error
             raise httpcore2.ConnectError(str(failure or "no address"))
@@ -324,7 +328,7 @@ def _http() -> Any:
         import httpx2
     except ImportError:
         raise DataError(
-            'searching for images on the web needs httpx2; pip install "kore-fast[augment]", '
+            'searching for images on the web needs httpx2; pip install "kore-fast[augment]" on Python 3.11 or newer, '
             "or search a folder of your own (provider: local)"
         ) from None
     return httpx2

@@ -131,6 +131,12 @@ def test_the_connection_goes_to_the_checked_address_without_asking_again(web: An
     assert web.asked[0][1]["Host"] == f"rebinding.invalid:{web.port}"
 
 
+def test_where_one_address_does_not_answer_the_next_is_tried(web: Any) -> None:
+    web.put("/a.png", b"picture")
+    # Nothing listens at this port of 127.0.0.3.
+    assert get(f"http://two.example:{web.port}/a.png", resolve=answers("127.0.0.3", "127.0.0.1")).body == b"picture"
+
+
 @pytest.fixture
 def public_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.1, where the test's server is, counts as public; nothing else does that is not."""
