@@ -147,7 +147,7 @@ class WebProvider(ABC):
         """``found`` without the key: a provider that echoed it would hand it to a picture's host."""
         clean = []
         for one in found:
-            if self.redact(one.url) == one.url:
+            if not self.key() or "***" not in self.redact(one.url):
                 fields = {name: self.redact(value) if isinstance(value, str) else value for name, value in one}
                 clean.append(Found(**fields))
         return clean
@@ -177,18 +177,30 @@ class WebProvider(ABC):
 
     def _json(self, answer: Answer, host: str) -> dict[str, Any]:
         try:
-            body = json.loads(answer.body)
+            body = self._scrub(json.loads(answer.body))
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
             raise Unavailable(f"{host} did not answer with a JSON object", again=False)
         return body
 
+    def _scrub(self, value: Any) -> Any:
+        """JSON without the key, before any text of it is cut short: half a key is still a secret."""
+        if isinstance(value, str):
+            return self.redact(value)
+        if isinstance(value, list):
+            return [self._scrub(one) for one in value]
+        if isinstance(value, dict):
+            return {name: self._scrub(one) for name, one in value.items()}
+        return value
+
     def _said(self, answer: Answer) -> str:
         """A refusal's own words, without the key."""
         if answer.status == 200:
             return ""
-        return plain_text(self.redact(answer.body[:2000].decode("utf-8", "replace")), 200) or ""
+        # Once as it came, once more as it reads: markup can spell a key in ways of its own.
+        said = plain_text(self.redact(answer.body.decode("utf-8", "replace")), 20_000) or ""
+        return self.redact(said)[:200].strip()
 
 
 def user_agent(contact: str | None) -> str:

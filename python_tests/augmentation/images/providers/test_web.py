@@ -238,7 +238,7 @@ def test_a_key_does_not_follow_a_redirect(web: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_answer_of_another_shape_is_no_crash(web: Any) -> None:
-    for body in (b"<html>", b"[]", b"[" * 9999, b"\xff"):
+    for body in (b"<html>", b"[]", b"[" * 9999, b"[" * 600 + b"]" * 600, b"\xff"):
         web.put("/api", body, "application/json")
         with pytest.raises(Unavailable, match="did not answer with a JSON object"):
             search(web, "openverse")
