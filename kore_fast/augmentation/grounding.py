@@ -1,4 +1,4 @@
-"""The grounding check: is what a generated answer says in the item's text? Numbers, dates, names, negation, quotations.
+"""The grounding check: is what a generated answer says in the item's text? Numbers, dates, names, negation, quotes.
 
 It reads English by rules, needs no model, and explains every doubt. A sentence embedding and a judge (a language model)
 can be added; `measure_grounding` tells precision and recall.
@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from kore_fast.augmentation.prose import sentences
-from kore_fast.augmentation.quantities import MONTHS, Date, Number, dates, is_unit, numbers
+from kore_fast.augmentation.quantities import MONTHS, Date, Number, dates, is_quantity, numbers
 from kore_fast.augmentation.writer import Round
 from kore_fast.data.items import FactValue, Item
 from kore_fast.errors import DataError
 
-Check = Literal["numbers", "dates", "entities", "negation", "opposites", "quotations", "yes_no", "words"]
+Check = Literal["numbers", "dates", "entities", "roles", "negation", "opposites", "quotations", "yes_no", "words"]
 CHECKS: tuple[Check, ...] = get_args(Check)
 
 
@@ -39,8 +39,9 @@ class GroundingOptions(BaseModel):
     share of them than this, in any form."""
     embedding: StrictStr | None = None
     """The folder of a sentence-embedding model in the transformers format (mean pooling), read from the disk only."""
-    embedding_threshold: Annotated[float, Field(ge=-1, le=1)] = 0.2
-    """A sentence whose cosine similarity to every sentence of the text is lower is doubted."""
+    embedding_threshold: Annotated[float, Field(ge=-1, le=1)] = 0.3
+    """A sentence whose cosine similarity to every sentence of the text is lower is doubted. It finds answers about
+    something else altogether; a swapped name or number leaves a sentence as similar as it was."""
     judge: Literal["off", "doubtful", "all"] = "off"
     """Whom a judge is asked about: nobody, answers that the checks doubt (its word counts), or all answers (what either
     doubts is unsupported)."""
@@ -169,6 +170,7 @@ def check_answer(
         "dates": lambda: _dates(said, told, asked),
         "numbers": lambda: _numbers(said, told, asked),
         "entities": lambda: _entities(said, told, asked),
+        "roles": lambda: _roles(said, told, asked, _read(name)),
         "quotations": lambda: _quotations(said, told, asked),
         "negation": lambda: _negation(said, told, asked),
         "opposites": lambda: _opposites(said, told, asked),
@@ -505,6 +507,55 @@ def _name_known(word: str, span: Sequence[str], told: _Reading, asked: _Reading,
     return any(one.endswith(_DEMONYM) for one in (word, *roots)) and bool(roots) and len(word) > 4
 
 
+def _roles(said: _Reading, told: _Reading, asked: _Reading, own: _Reading) -> list[str]:
+    """What the text says of somebody else: "Tove Maas is the fiddler" of "fiddler Ruben Hsu".
+
+    Only for a sentence with one name that is not the item's, whose other words stand, where a name is near, always
+    nearer to another one.
+    """
+    reasons = []
+    for sentence in said.sentences:
+        names = list({name for _, name in _placed_names(sentence, own)})
+        if len(names) != 1 or not names[0] & told.words:
+            continue
+        name = names[0]
+        named = {_stem(word) for word in name} | {_stem(w) for w in map(_fold, sentence.words) if is_quantity(w)}
+        predicate = (sentence.stems - named) or (asked.stems - named)
+        near: list[bool] = []
+        others: list[str] = []
+        for other in told.sentences:
+            placed = _placed_names(other, own)
+            for place, word in enumerate(other.words):
+                if _stem(_fold(word)) not in predicate or not placed or any(_fold(word) in one for _, one in placed):
+                    continue
+                distance = min(abs(at - place) for at, _ in placed)
+                closest = [one for at, one in placed if abs(at - place) <= distance]
+                near.append(any(one & name for one in closest))
+                others += [" ".join(sorted(one)) for one in closest]
+        if near and not any(near):
+            reasons.append(f"says of {' '.join(sorted(name))!r} what the text says of {others[0]!r}")
+    return reasons
+
+
+def _placed_names(sentence: _Sentence, own: _Reading) -> list[tuple[int, frozenset[str]]]:
+    """(place, words) of each capitalised name of a sentence that is not the item's; every word has its place."""
+    placed = []
+    run: list[int] = []
+    for place, word in enumerate((*sentence.words, ".")):
+        folded = _fold(word)
+        capital = word[0].isupper() and folded not in _FUNCTION and folded not in MONTHS and folded not in _TITLES
+        if capital:
+            run.append(place)
+            continue
+        # A sentence's first word alone may be any word.
+        if run and run != [0]:
+            name = frozenset(_fold(sentence.words[at]) for at in run)
+            if not name & own.words:
+                placed += [(at, name) for at in (run[0], run[-1])]
+        run = []
+    return placed
+
+
 def _quotations(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
     def bare(text: str) -> str:
         return " ".join(_fold(word) for word in re.findall(r"\w+(?:'\w+)*", text))
@@ -652,7 +703,7 @@ def _words_told(said: _Reading, told: _Reading, asked: _Reading, least: float) -
     reasons = []
     for sentence in said.sentences:
         # The question's words come again whether the answer is right or not.
-        units = {_stem(_fold(word)) for word in sentence.words if len(word) < 3 or is_unit(_fold(word))}
+        units = {_stem(_fold(word)) for word in sentence.words if len(word) < 3 or is_quantity(_fold(word))}
         new = sentence.stems - asked.stems - units
         told_here = {stem for stem in new if stem in told.stems or (len(stem) >= 5 and stem[:5] in begins)}
         if len(new) >= 3 and len(told_here) < least * len(new):

@@ -208,9 +208,9 @@ def _number_at(text: str, tokens: list[re.Match[str]], place: int) -> tuple[Numb
     return Number(value, kind, unit, noun, hedge, scaled, words, tokens[start].start()), place
 
 
-def is_unit(word: str) -> bool:
-    """Whether a word names a unit: "km", "days"."""
-    return _unit(word) is not None
+def is_quantity(word: str) -> bool:
+    """Whether a lower-case word is a number or a unit: "forty", "million", "km", "days"."""
+    return word in _SMALL or word in _SCALES or word in _ORDINALS or _unit(word) is not None
 
 
 def _unit(word: str) -> tuple[str, float] | None:

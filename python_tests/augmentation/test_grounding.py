@@ -1,4 +1,4 @@
-"""The grounding check: numbers, dates, names, negation, quotations; and what it reaches on the committed answers."""
+"""The grounding check: numbers, dates, names, roles, negation, quotations; and what it reaches on the committed answers."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def test_what_the_text_says_in_other_words_is_supported(answer: str) -> None:
         ("They will pay 3.5 million dollars.", "the text has 3.5 million euros"),
         ("Captain Maria Lind was not on the bridge.", "name 'Captain Maria Lind': 'maria' not in the text"),
         ("Anna Sørby is the captain.", "the text has these words, but not together"),
+        ("Emil Sørby was the captain.", "says of 'emil sorby' what the text says of 'anna lind'"),
         ("Captain Anna Lind was on the bridge.", "which the text denies"),
         ("Sailors are not missing.", "denies 'miss'"),
         ('The cook said: "We saw a light".', "quotation 'We saw a light'"),
@@ -222,12 +223,12 @@ def test_precision_and_recall_on_the_committed_answers() -> None:
     # The check was adjusted on "tuning" and never on "test". Floors are just under what is reached.
     on_test = score(one for one in checked if one.split == "test")
     assert (on_test.good, on_test.corrupted) == (160, 159)
-    assert on_test.precision >= 0.92
-    assert on_test.recall >= 0.84
+    assert on_test.precision >= 0.925
+    assert on_test.recall >= 0.855
     assert on_test.kept >= 0.93
     tuned = score(one for one in checked if one.split == "tuning")
     assert tuned.precision >= 0.96
-    assert tuned.recall >= 0.94
+    assert tuned.recall >= 0.96
 
 
 def test_scores_are_counted_as_they_should_be() -> None:
