@@ -32,9 +32,9 @@ def declare_missing(folder: Path) -> list[str]:
     """
     import torch
 
-    for library in sorted(folder.glob("_C.*")):
+    for compiled in sorted(folder.glob("_C.*")):
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(compiled))
         except OSError:  # built for another torch: a library of CUDA's or a symbol is not there
             continue
     missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]

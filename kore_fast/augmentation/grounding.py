@@ -290,9 +290,9 @@ def _read(text: str) -> _Reading:
     parts = []
     for line in text.split("\n"):
         for sentence in sentences(line) if line.strip() else []:
-            words = tuple(re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*|[,;:()]|\d[\d.,]*", sentence))
-            stems = frozenset(_stem(_fold(w)) for w in words if w[0].isalpha() and _fold(w) not in _FUNCTION)
-            parts.append(_Sentence(words, stems))
+            tokens = tuple(re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*|[,;:()]|\d[\d.,]*", sentence))
+            stems = frozenset(_stem(_fold(w)) for w in tokens if w[0].isalpha() and _fold(w) not in _FUNCTION)
+            parts.append(_Sentence(tokens, stems))
     written = [match.group() for match in _WORD.finditer(text)]
     words = frozenset(_fold(w) for w in written)
     return _Reading(

@@ -86,17 +86,15 @@ def find_links(items: Sequence[Item], options: LinkOptions | None = None) -> lis
         for entity in _entities(item):
             shared["entity", None, entity].append(item.id)
     numbers = {item.id: item.facts for item in items}
-    for (kind, key, value), ids in sorted(
-        shared.items(), key=lambda entry: (entry[0][0], str(entry[0][1]), entry[0][2])
-    ):
+    for (kind, under, what), ids in shared.items():
         if kind != "number" and not 2 <= len(ids) <= options.common:
             continue
-        ring = sorted(ids, key=lambda one: rank(options.seed, kind, key, value, one))
+        ring = sorted(ids, key=lambda one: rank(options.seed, kind, under, what, one))  # used at once
         for first, second in zip(ring, ring[1:] + ring[:1] if len(ring) > 2 else ring[1:], strict=False):
             if kind != "number":
-                found.append(Link(kind, first, second, key, value))
-            elif key is not None and numbers[first][key] != numbers[second][key]:
-                found.append(Link(kind, first, second, key))
+                found.append(Link(kind, first, second, under, what))
+            elif under is not None and numbers[first][under] != numbers[second][under]:
+                found.append(Link(kind, first, second, under))
     return _bounded(found, options)
 
 

@@ -1,4 +1,4 @@
-"""The grounding check: numbers, dates, names, roles, negation, quotations; and what it reaches on the committed answers."""
+"""The grounding check: numbers, dates, names, roles, negation, quotes; and what it reaches on committed answers."""
 
 from __future__ import annotations
 
