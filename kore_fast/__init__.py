@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kore_fast.torchvision_operators import watch_torchvision
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -49,6 +51,9 @@ __all__ = [
     "save_kore_adapter",
     "to_zero_delta",
 ]
+
+
+watch_torchvision()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kore_fast.augmentation.chance import rank
 from kore_fast.augmentation.held_out import held_out_questions
+from kore_fast.augmentation.links import LinkOptions, find_links, link_samples
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.augmentation.templates import TemplateWriter
 from kore_fast.augmentation.wordings import Wordings
@@ -56,6 +57,8 @@ def augment(
     rejects: list[dict[str, str]] = []
     for item in items:
         for branch in options.branches:
+            if branch == "links":
+                continue
             try:
                 drafts = _drafts(branch, item, items, writer, options)
             except CannotWriteError as error:
@@ -64,6 +67,10 @@ def augment(
             for number, (shown, rounds) in enumerate(drafts):
                 image = images.find(shown, rounds[0].search)
                 samples.append(_sample(f"{item.id}-{branch}-{number}", item, branch, image, rounds))
+    if "links" in options.branches:
+        linking = LinkOptions(seed=options.seed, per_item=options.links)
+        found = find_links(items, linking)
+        samples += link_samples(items, found, wordings, linking, image=lambda item: images.find(item, item.name))
     knowledge = []
     for item in items:
         raw = writer.knowledge(item)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Branch = Literal["dialogue", "recognition", "caption", "vqa"]
+Branch = Literal["dialogue", "recognition", "caption", "vqa", "links"]
 
 
 class AugmentationOptions(BaseModel):
@@ -16,6 +16,7 @@ class AugmentationOptions(BaseModel):
 
     seed: int = 0
     branches: tuple[Branch, ...] = ("dialogue", "recognition", "caption", "vqa")
+    """"links" too asks about two items at once: comparison and multi-hop, which the paper leaves open."""
     negatives: bool = True
     """Recognition also gets "No" examples (another item's picture or name); the paper has only "Yes"."""
     natural_answers: bool = True
@@ -31,6 +32,8 @@ class AugmentationOptions(BaseModel):
     """The most words of prose in a caption (25 in the paper)."""
     vqa: Annotated[int, Field(ge=0)] = 4
     """VQA samples an item (up to 5 in the paper)."""
+    links: Annotated[int, Field(ge=1)] = 2
+    """Links an item takes part in, at most, if "links" is among the branches."""
     by_picture: Annotated[int, Field(ge=0)] = 2
     """Held-out questions an item that point at the picture without a name; by name, each fact is asked once."""
 
