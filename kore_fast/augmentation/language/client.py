@@ -25,9 +25,10 @@ from kore_fast.augmentation.language.cache import Reply
 from kore_fast.augmentation.language.options import LanguageModelOptions, Structured
 from kore_fast.augmentation.language.pace import Pace
 from kore_fast.augmentation.language.prompting import count_tokens
+from kore_fast.augmentation.language.repair import needed
 from kore_fast.augmentation.language.schemas import json_schema
 from kore_fast.augmentation.language.totals import Totals
-from kore_fast.errors import KoreError
+from kore_fast.errors import LanguageModelError
 
 LARGEST_BODY = 4 << 20
 """Bytes of a server's reply; a compressed one may have a sixteenth of it."""
@@ -38,27 +39,8 @@ _LIMIT_KEYS = ("max_tokens", "max_completion_tokens")
 _FORMAT_REFUSED = re.compile("response_format|json_schema|json_object|structured|guided|grammar", re.IGNORECASE)
 
 
-class LanguageModelError(KoreError):
-    """The model cannot be reached or used at all; what was answered so far is in the request cache."""
-
-
 class RequestFailedError(Exception):
     """One request was not answered, for the reason given; others may be."""
-
-
-def import_openai() -> Any:
-    """The openai package.
-
-    Raises:
-        LanguageModelError: it is not installed; says how to.
-    """
-    try:
-        import openai
-    except ImportError:
-        raise LanguageModelError(
-            'the language-model writer needs the openai package: pip install "kore-fast[augment]"'
-        ) from None
-    return openai
 
 
 class Secret:
@@ -125,7 +107,7 @@ class Connection:
     def __init__(self, options: LanguageModelOptions, totals: Totals) -> None:
         self.options, self.totals = options, totals
         self.key = read_key(options)
-        self.openai = import_openai()
+        self.openai = needed("openai")
         self._pace = Pace(options.requests_per_minute, options.tokens_per_minute)
         self._slots = asyncio.Semaphore(options.concurrency)
         first: Structured = "schema" if options.structured == "auto" else options.structured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from typing import Any, TypeVar, get_args, get_origin
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from kore_fast.augmentation.language.schemas import UnusableError, whole_sentences
 from kore_fast.data.problems import describe_validation
+from kore_fast.errors import LanguageModelError
 
 LONGEST = 100_000
 """Characters of an answer that is read."""
@@ -18,6 +20,20 @@ LONGEST_REPAIRED = 20_000
 half of it."""
 
 FormT = TypeVar("FormT", bound=BaseModel)
+
+
+def needed(package: str) -> Any:
+    """An optional package.
+
+    Raises:
+        LanguageModelError: it is not installed; says how to.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise LanguageModelError(
+            f'the language-model writer needs the package {package}: pip install "kore-fast[augment]"'
+        ) from None
 
 
 def read_answer(content: str, form: type[FormT], *, cut: bool = False) -> FormT:
@@ -51,8 +67,6 @@ def read_answer(content: str, form: type[FormT], *, cut: bool = False) -> FormT:
 
 
 def _repaired(text: str, form: type[BaseModel], cut: bool) -> Any:
-    from json_repair import repair_json
-
     fenced = re.search(r"```(?:json)?\s*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     if fenced and re.search(r"[{\[]", fenced.group(1)):
         text = fenced.group(1)
@@ -64,7 +78,7 @@ def _repaired(text: str, form: type[BaseModel], cut: bool) -> Any:
     text = text[start:]
     end, unfinished = _end(text)
     try:
-        value = repair_json(text[:end], return_objects=True, skip_json_loads=False)
+        value = needed("json_repair").repair_json(text[:end], return_objects=True, skip_json_loads=False)
     except (ValueError, RecursionError):
         return None
     return _without_last(value, form) if unfinished else value

@@ -17,10 +17,10 @@ from typing import Any
 
 from kore_fast.augmentation import generic
 from kore_fast.augmentation.language.cache import Entry, Reply, RequestCache
-from kore_fast.augmentation.language.client import Connection, LanguageModelError, RequestFailedError
+from kore_fast.augmentation.language.client import Connection, RequestFailedError
 from kore_fast.augmentation.language.item_requests import ItemRequests, Request
 from kore_fast.augmentation.language.options import LanguageModelOptions
-from kore_fast.augmentation.language.prompting import load_prompts
+from kore_fast.augmentation.language.prompting import harmless, load_prompts
 from kore_fast.augmentation.language.schemas import UnusableError, VisualQuestion
 from kore_fast.augmentation.language.totals import Totals, money, said_cost
 from kore_fast.augmentation.options import AugmentationOptions
@@ -292,9 +292,9 @@ class LanguageModelWriter:
         refused = self.cache.refused(request.key)
         if refused is None:
             return request.messages
-        shown = refused.answer[:4000] or "(nothing)"
+        shown = harmless(refused.answer[:4000]) or "(nothing)"
         again = (
-            f"That cannot be used: {refused.problem[:500]}. "
+            f"That cannot be used: {harmless(refused.problem[:500])}. "
             "Reply once more, with nothing but the JSON object as described."
         )
         return [*request.messages, {"role": "assistant", "content": shown}, {"role": "user", "content": again}]
@@ -523,6 +523,3 @@ def _kind(reason: str) -> str:
 
 def _short(count: int) -> str:
     return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.1f}k" if count >= 1e3 else str(count)
-
-
-__all__ = ["Estimate", "LanguageModelError", "LanguageModelWriter", "Missing", "Texts"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("openai", reason='needs openai: pip install "kore-fast[augment]"')
+pytest.importorskip("json_repair", reason='needs json-repair: pip install "kore-fast[augment]"')
 
 from kore_fast.augmentation.language import LanguageModelError, LanguageModelWriter, batch
 from python_tests.augmentation.language.server import Reply, Script, Server, error, task_of

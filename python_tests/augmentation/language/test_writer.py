@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("openai", reason='needs openai: pip install "kore-fast[augment]"')
+pytest.importorskip("json_repair", reason='needs json-repair: pip install "kore-fast[augment]"')
 
 from kore_fast.augmentation import AugmentationOptions, CannotWriteError, augment
 from kore_fast.augmentation.language import (
@@ -523,3 +524,9 @@ def test_memory_stays_flat_and_items_may_be_a_stream(tmp_path: Path) -> None:
         writer = LanguageModelWriter(options(server, concurrency=4), tmp_path / "r.sqlite")
         assert writer.prepare(stream())["items"] == 40
     assert most <= 4 + 1
+
+
+def test_without_the_packages_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(LanguageModelError, match=r'needs the package openai: pip install "kore-fast\[augment\]"'):
+        LanguageModelWriter(LanguageModelOptions(model="m", base_url="http://x/v1"), tmp_path / "r").prepare(items(1))
