@@ -59,13 +59,20 @@ class Entry(Reply):
     """Why it cannot be used; empty for an answer."""
 
 
-def request_key(
-    messages: list[dict[str, str]], model: str, parameters: dict[str, Any], schema: Any, prompt: str
-) -> str:
-    """Hex SHA-256 of all that decides an answer, as canonical JSON; ``prompt`` is its name with version."""
-    whole = [_FORMAT, messages, model, parameters, schema, prompt]
-    text = json.dumps(whole, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no blanks, in ASCII: equal values, equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+
+def request_rest(model: str, parameters: dict[str, Any], schema: Any, prompt: str) -> str:
+    """All that decides an answer besides the messages, in canonical JSON; ``prompt`` is its name with version."""
+    return canonical([_FORMAT, model, parameters, schema, prompt])
+
+
+def request_key(messages: list[dict[str, str]], rest: str) -> str:
+    """Hex SHA-256 of all that decides an answer, in canonical JSON; ``rest`` is the same for many requests."""
+    said = canonical([[message["role"], message["content"]] for message in messages])
+    return hashlib.sha256(f"[{said},{rest}]".encode("ascii")).hexdigest()
 
 
 class RequestCache:

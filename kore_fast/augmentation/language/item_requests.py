@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kore_fast.augmentation.language.cache import request_key
+from kore_fast.augmentation.language.cache import request_key, request_rest
 from kore_fast.augmentation.language.options import LanguageModelOptions
-from kore_fast.augmentation.language.prompting import Material, Prompt, count_tokens, harmless, material, quote
+from kore_fast.augmentation.language.prompting import Chosen, Material, Prompt, count_tokens, harmless, material, quote
 from kore_fast.augmentation.language.repair import read_answer
 from kore_fast.augmentation.language.schemas import (
     Answer,
@@ -74,6 +74,7 @@ class ItemRequests:
     ) -> None:
         self.item, self.model, self.augmentation, self.prompts = item, model, augmentation, prompts
         self._parameters = model.parameters
+        self._same: dict[str, tuple[Chosen, str, str]] = {}
 
     @cached_property
     def material(self) -> Material:
@@ -142,12 +143,14 @@ class ItemRequests:
     def _request(
         self, task: str, form: type[BaseModel], expected: int, use: Callable[[Any], Any], **words: str | int
     ) -> Request:
-        prompt = self.prompts[task]
+        if task not in self._same:
+            prompt = self.prompts[task]
+            name = f"{task}/{prompt.version}"
+            rest = request_rest(self.model.model, self._parameters, json_schema(form), name)
+            self._same[task] = prompt.chosen(self.augmentation.seed, self.item.id, task), name, rest
+        chosen, name, rest = self._same[task]
         quoted = self.material.quoted
         filled = {key: str(value) for key, value in words.items()}
-        messages = prompt.messages(
-            self.augmentation.seed, self.item.id, task, {"fence": quoted.fence, "material": quoted.text, **filled}
-        )
-        name = f"{task}/{prompt.version}"
-        key = request_key(messages, self.model.model, self._parameters, json_schema(form), name)
+        messages = chosen.messages({"fence": quoted.fence, "material": quoted.text, **filled})
+        key = request_key(messages, rest)
         return Request(task, self.item.id, name, messages, form, key, min(expected, self.model.max_tokens), use)

@@ -58,14 +58,28 @@ class Prompt(BaseModel):
                 raise ValueError("'system' must not hold $material or $question: data belongs into the user's message")
         return self
 
-    def messages(self, seed: int, identity: str, task: str, words: dict[str, str]) -> list[dict[str, str]]:
-        """The messages of one request; which wording an item gets depends on the seed and its id."""
-        chosen = {
-            "system": pick(self.system, seed, identity, "prompt", task, "system"),
-            "user": pick(self.user, seed, identity, "prompt", task, "user"),
-        }
+    def chosen(self, seed: int, identity: str, task: str) -> Chosen:
+        """The wordings that an item gets; they depend on the seed and its id."""
+        return Chosen(
+            Template(pick(self.system, seed, identity, "prompt", task, "system")),
+            Template(pick(self.user, seed, identity, "prompt", task, "user")),
+        )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One wording of each message."""
+
+    system: Template
+    user: Template
+
+    def messages(self, words: dict[str, str]) -> list[dict[str, str]]:
+        """The messages of one request."""
         # One pass: what is put in is never read as a wording again.
-        return [{"role": role, "content": Template(text).substitute(words).strip()} for role, text in chosen.items()]
+        return [
+            {"role": "system", "content": self.system.substitute(words).strip()},
+            {"role": "user", "content": self.user.substitute(words).strip()},
+        ]
 
 
 @cache

@@ -12,7 +12,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from kore_fast.augmentation.held_out import contains
 from kore_fast.augmentation.prose import sentences, shorten, summarise
 from kore_fast.augmentation.wordings import plain
 from kore_fast.data.items import IMAGE_TOKEN
@@ -123,16 +122,13 @@ class UnusableError(ValueError):
     """An answer has the right form and still cannot be used; says why, in words that the model is shown."""
 
 
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 _SPECIAL = re.compile(r"<\|[^|\s]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 
 
 def tidy(text: str) -> str:
     """A text on one line, without control characters."""
-    return " ".join("".join(" " if _is_control(mark) else mark for mark in text).split())
-
-
-def _is_control(mark: str) -> bool:
-    return mark < " " or "\x7f" <= mark <= "\x9f" or mark in "\u2028\u2029" or "\ud800" <= mark <= "\udfff"
+    return " ".join((text if text.isprintable() else _CONTROL.sub(" ", text)).split())
 
 
 def _problem(text: str) -> str | None:
@@ -274,19 +270,15 @@ def _visual_question(given: Quadruplet, name: str) -> VisualQuestion | str:
     ):
         if len(text.split()) > limit:
             return f"the {key} has more than {limit} words"
-    if not contains(question, subject):
+    parts = _around(question, subject)
+    if len(parts) == 1:
         return f"the question does not name the subject {subject!r}"
-    article = r"(?:(?<!\w)(?:the|an?)\s+)?"
-    pictured = re.sub(
-        rf"{article}(?<!\w){re.escape(subject)}(?!\w)",
-        lambda _: f"the {hypernym} in the image",
-        question,
-        flags=re.IGNORECASE,
-    )
+    said = [*(_ARTICLE.sub("", part) for part in parts[:-1]), parts[-1]]
+    pictured = f"the {hypernym} in the image".join(said)
     pictured = pictured[:1].upper() + pictured[1:]
-    if contains(pictured, name):
+    if _holds(pictured, name):
         return f"the question names {name!r} apart from the subject"
-    if contains(pictured, answer):
+    if _holds(pictured, answer):
         return "the answer stands in the question"
     sentence = ""
     if isinstance(given, SpokenQuadruplet):
@@ -296,11 +288,42 @@ def _visual_question(given: Quadruplet, name: str) -> VisualQuestion | str:
             return f"sentence: {problem}"
         if len(sentence.split()) > SENTENCE_WORDS:
             return f"the sentence has more than {SENTENCE_WORDS} words"
-        if not contains(sentence, answer):
+        if not _holds(sentence, answer):
             return "the sentence does not hold the answer"
         if sentence[-1] not in ".!?":
             sentence += "."
     return VisualQuestion(question=pictured, answer=answer, subject=subject, hypernym=hypernym, sentence=sentence)
+
+
+_ARTICLE = re.compile(r"(?<!\w)(?:the|an?)\s+$", re.IGNORECASE)
+
+
+def _around(text: str, phrase: str) -> list[str]:
+    """What stands between the places of a phrase, on word boundaries and whatever the case.
+
+    The same as splitting by a regular expression, which would have to be compiled for each phrase.
+    """
+    low, wanted = text.lower(), phrase.lower()
+    if len(low) != len(text) or not wanted:  # a letter that becomes two
+        return re.split(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, flags=re.IGNORECASE)
+    parts, start, place = [], 0, low.find(wanted)
+    while place >= 0:
+        end = place + len(wanted)
+        if not (_is_word(text[place - 1 : place]) or _is_word(text[end : end + 1])):
+            parts.append(text[start:place])
+            start = place = end
+        else:
+            place += 1
+        place = low.find(wanted, place)
+    return [*parts, text[start:]]
+
+
+def _is_word(mark: str) -> bool:
+    return mark.isalnum() or mark == "_"
+
+
+def _holds(text: str, phrase: str) -> bool:
+    return len(_around(text, phrase)) > 1
 
 
 def whole_sentences(text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kore_fast.augmentation.language.cache import Entry, Reply, RequestCache, request_key
+from kore_fast.augmentation.language.cache import Entry, Reply, RequestCache, request_key, request_rest
 from kore_fast.errors import DataError
 
 
@@ -92,13 +92,13 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
 
 def test_every_part_of_a_request_is_in_its_key() -> None:
     said = [{"role": "user", "content": "é"}]
-    base = request_key(said, "m", {"a": 1, "b": 2}, {"type": "object"}, "t/1")
-    assert base == request_key(said, "m", {"b": 2, "a": 1}, {"type": "object"}, "t/1")
+    base = request_key(said, request_rest("m", {"a": 1, "b": 2}, {"type": "object"}, "t/1"))
+    assert base == request_key(said, request_rest("m", {"b": 2, "a": 1}, {"type": "object"}, "t/1"))
     others = [
-        request_key([{"role": "user", "content": "e"}], "m", {"a": 1, "b": 2}, {"type": "object"}, "t/1"),
-        request_key(said, "n", {"a": 1, "b": 2}, {"type": "object"}, "t/1"),
-        request_key(said, "m", {"a": 1, "b": 3}, {"type": "object"}, "t/1"),
-        request_key(said, "m", {"a": 1, "b": 2}, {"type": "array"}, "t/1"),
-        request_key(said, "m", {"a": 1, "b": 2}, {"type": "object"}, "t/2"),
+        request_key([{"role": "user", "content": "e"}], request_rest("m", {"a": 1, "b": 2}, {"type": "object"}, "t/1")),
+        request_key(said, request_rest("n", {"a": 1, "b": 2}, {"type": "object"}, "t/1")),
+        request_key(said, request_rest("m", {"a": 1, "b": 3}, {"type": "object"}, "t/1")),
+        request_key(said, request_rest("m", {"a": 1, "b": 2}, {"type": "array"}, "t/1")),
+        request_key(said, request_rest("m", {"a": 1, "b": 2}, {"type": "object"}, "t/2")),
     ]
     assert len({base, *others}) == 6

