@@ -47,7 +47,7 @@ async def prepare_in_batches(writer: LanguageModelWriter, items: Sequence[Item],
     state = _State(state_path(writer.cache.path))
     _take_delivered(writer, items)  # what a run that was killed had fetched
     for item in items:
-        writer.totals.cached += len(writer.texts(item).entries)
+        writer.totals.cached += len(writer.texts(item, read=False).entries)
     if not state.batches and next(_missing(writer, items), None) is None:
         writer.totals.items += len(items)
         return
@@ -81,7 +81,7 @@ class _State:
 def _missing(writer: LanguageModelWriter, items: Iterable[Item]) -> Iterator[Request]:
     seen: set[str] = set()
     for item in items:
-        for request in writer.texts(item).missing:
+        for request in writer.texts(item, read=False).missing:
             if request.key not in seen:
                 seen.add(request.key)
                 yield request
@@ -241,7 +241,7 @@ def _again(writer: LanguageModelWriter, key: str, reason: str, tries: Counter[st
 def _take_delivered(writer: LanguageModelWriter, items: Iterable[Item]) -> None:
     for item in items:
         # Answers delivered in the same round as their questions do not exist, so one look at an item is enough.
-        for request in writer.texts(item).missing:
+        for request in writer.texts(item, read=False).missing:
             reply = writer.cache.delivered(request.key)
             if reply is not None:
                 writer.take(request, reply)

@@ -138,7 +138,8 @@ def _prose(text: str, form: type[BaseModel], cut: bool) -> Any:
         return {key: whole_sentences(text) if cut else text.strip()}
     if get_origin(kind) is list and get_args(kind) == (str,):
         lines = [line.strip() for line in text.splitlines() if line.strip().endswith("?")]
-        return {key: lines} if lines else None
+        # One line alone is rather the model asking back ("What is your question?").
+        return {key: lines} if len(lines) > 1 else None
     return None
 
 

@@ -160,8 +160,8 @@ def usable_questions(form: Questions, most: int) -> list[str]:
             problem = f"it has more than {QUESTION_WORDS} words"
         if problem is not None:
             problems.append(f"{question[:60]!r}: {problem}")
-        elif plain(question) not in seen:
-            seen.add(plain(question))
+        elif (words := plain(question)) not in seen:
+            seen.add(words)
             kept.append(question)
     if not kept:
         raise UnusableError("there is no usable question in it" + _first(problems))
@@ -180,7 +180,7 @@ def usable_answer(text: str, question: str, words: int) -> str:
     problem = _problem(answer)
     if problem is not None:
         raise UnusableError(f"the answer cannot be used: {problem}")
-    if plain(answer) == plain(question):
+    if answer[:4].lower() == question[:4].lower() and plain(answer) == plain(question):
         raise UnusableError("the answer repeats the question")
     return shorten(answer, words)[0] if len(answer.split()) > words else answer
 
@@ -245,8 +245,8 @@ def usable_quadruplets(form: Quadruplets | SpokenQuadruplets, name: str, most: i
         made = _visual_question(given, name)
         if isinstance(made, str):
             problems.append(f"{tidy(given.question)[:60]!r}: {made}")
-        elif plain(made.question) not in seen:
-            seen.add(plain(made.question))
+        elif (words := plain(made.question)) not in seen:
+            seen.add(words)
             kept.append(made)
     if not kept:
         raise UnusableError("there is no usable quadruplet in it" + _first(problems))

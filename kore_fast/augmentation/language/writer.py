@@ -245,31 +245,39 @@ class LanguageModelWriter:
         """The item's requests."""
         return ItemRequests(item, self.model, self.options, self.prompts)
 
-    def texts(self, item: Item, requests: ItemRequests | None = None) -> Texts:
-        """What the cache holds for an item, and what is missing."""
+    def texts(self, item: Item, requests: ItemRequests | None = None, *, read: bool = True) -> Texts:
+        """What the cache holds for an item, and what is missing.
+
+        With ``read=False``, answers on which no further request depends are not read: whoever only asks what is
+        missing does not wait for it.
+        """
         asked = requests or self.requests(item)
         texts = Texts(cut=asked.material.cut)
+
+        def find(request: Request) -> Any:
+            return self._find(request, texts, read)
+
         branches = self.options.branches
         if "dialogue" in branches and asked.question_count:
-            questions = self._find(asked.questions(), texts)
+            questions = self._find(asked.questions(), texts, True)
             texts.questions = questions
             if isinstance(questions, list):
                 if self.model.answers_together:
-                    together = self._find(asked.answers(questions), texts)
-                    texts.answers = [together] * len(questions) if isinstance(together, Missing) else together
+                    together = find(asked.answers(questions))
+                    texts.answers = together if isinstance(together, list) else [together] * len(questions)
                 else:
-                    texts.answers = [self._find(asked.answer(question), texts) for question in questions]
+                    texts.answers = [find(asked.answer(question)) for question in questions]
         if "caption" in branches:
-            texts.summary = self._find(asked.summary(), texts)
+            texts.summary = find(asked.summary())
         if "vqa" in branches and self.options.vqa:
-            texts.quadruplets = self._find(asked.quadruplets(), texts)
+            texts.quadruplets = find(asked.quadruplets())
         return texts
 
-    def _find(self, request: Request, texts: Texts) -> Any:
+    def _find(self, request: Request, texts: Texts, read: bool) -> Any:
         entry = self.cache.answer(request.key)
         if entry is not None:
             try:
-                value = request.read(entry.answer, entry.finish)
+                value = request.read(entry.answer, entry.finish) if read else None
             except UnusableError as error:
                 # Kept under rules that have become stricter since: it counts as one unusable reply.
                 self.cache.discard(request.key)
@@ -332,7 +340,7 @@ class LanguageModelWriter:
         for item in items:
             count += 1
             asked = self.requests(item)
-            texts = self.texts(item, asked)
+            texts = self.texts(item, asked, read=False)
             to_send = list(texts.missing)
             cached += len(texts.entries)
             if isinstance(texts.questions, Missing) and any(one.task == "questions" for one in to_send):
@@ -401,7 +409,7 @@ class LanguageModelWriter:
         asked = self.requests(item)
         first = True
         while True:
-            texts = self.texts(item, asked)
+            texts = self.texts(item, asked, read=False)
             if first:
                 self.totals.cached += len(texts.entries)
                 first = False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import threading
@@ -94,6 +95,8 @@ def test_every_part_of_a_request_is_in_its_key() -> None:
     said = [{"role": "user", "content": "é"}]
     base = request_key(said, request_rest("m", {"a": 1, "b": 2}, {"type": "object"}, "t/1"))
     assert base == request_key(said, request_rest("m", {"b": 2, "a": 1}, {"type": "object"}, "t/1"))
+    whole = [[["user", "é"]], [1, "m", {"a": 1, "b": 2}, {"type": "object"}, "t/1"]]
+    assert base == hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     others = [
         request_key([{"role": "user", "content": "e"}], request_rest("m", {"a": 1, "b": 2}, {"type": "object"}, "t/1")),
         request_key(said, request_rest("n", {"a": 1, "b": 2}, {"type": "object"}, "t/1")),

@@ -65,6 +65,7 @@ def test_prose_will_do_for_one_text() -> None:
     ("content", "form", "said"),
     [
         ("I am sorry.", Questions, "expected a JSON object with 'questions'"),
+        ("I am ready to help. What is your question?", Questions, "expected a JSON object"),
         ("It is red.", Answers, "expected a JSON object"),
         ('{"answer": 5}', Answer, "'answer'"),
         ('{"text": "x"}', Summary, "'summary' is missing"),
