@@ -40,9 +40,9 @@ def read_answer(content: str, form: type[FormT], *, cut: bool = False) -> FormT:
     """Read an answer as ``form``.
 
     Right JSON is taken as it is. Else: thoughts in ``<think>`` and what stands around the JSON are left out, what
-    json-repair can put right is put right, a list that was cut off (``cut``, or no closing bracket) keeps its whole
-    elements, a bare list becomes the form's list; and where there is no JSON at all, prose is taken for a form of one
-    text, and its lines for a form of one list of texts.
+    json-repair can put right is put right, a list that was cut off keeps its whole elements, a bare list becomes the
+    form's list; and where there is no JSON at all, prose is taken for a form of one text (its whole sentences only,
+    where the reply was ``cut``), and lines that are questions for a form of one list.
 
     Raises:
         UnusableError: nothing of that form can be found; says what is wrong.
