@@ -26,7 +26,6 @@ from kore_fast.data.items import Item
 TEXTS = {
     "Elvish Archer": "Elvish archers guard the northern woods. They shoot farther than humans, and leave no tracks.",
     "Grey Lighthouse": "The lighthouse was built in 1871 by Ann Lee. It stands on a cliff and is 40 metres high.",
-    "Mudcrawler": "Mudcrawlers live in swamps. They have no eyes, feed on moss and spit boiling mud at strangers.",
 }
 
 
@@ -81,12 +80,12 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
             model=name,
             base_url=f"http://127.0.0.1:{port}/v1",
             temperature=0,
-            max_tokens=200,
+            max_tokens=96,
             concurrency=2,
             asks=2,
             timeout=300,
         )
-        options = AugmentationOptions(dialogues=1, rounds=3, vqa=2)
+        options = AugmentationOptions(dialogues=1, rounds=2, vqa=2)
         writer = LanguageModelWriter(given, tmp_path / "requests.sqlite", options=options)
         totals = writer.prepare(items())
     finally:
@@ -96,7 +95,7 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
     print(json.dumps({"totals": totals, "rejects": made.summary["rejects"], "summary": writer.summary()}, indent=1))
     for sample in made.samples:
         print(sample.branch, [turn.value for turn in sample.conversations])
-    assert totals["items"] == 3
+    assert totals["items"] == 2
     assert totals["failed"] == 0
     assert totals["requests"] == totals["answers"] + totals["asked_again"] + totals["unusable"]
     assert totals["answers"] > 0
@@ -104,6 +103,6 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
     left_out = {(one["item"], one["branch"]) for one in made.summary["rejects"]}
     there = {(sample.item, sample.branch) for sample in made.samples}
     assert not left_out & there
-    assert len(left_out | there) == 3 * 4
+    assert len(left_out | there) == 2 * 4
     again = LanguageModelWriter(given, tmp_path / "requests.sqlite", options=options)
     assert again.prepare(items())["requests"] == 0
