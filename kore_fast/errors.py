@@ -23,5 +23,9 @@ class ConstraintError(KoreError):
     """The constraint cannot be built or no longer holds: rank, activations, weight decay, dropout, a changed A."""
 
 
+class LanguageModelError(KoreError):
+    """A language model cannot be reached or used at all; what it answered before is in the request cache."""
+
+
 class BackendError(KoreError):
     """A backend of an operation was asked for that does not exist or can't run here."""

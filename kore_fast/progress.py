@@ -21,8 +21,9 @@ class Progress(Protocol):
         total: float | None = None,
         label: str = "",
         cost: Callable[[T], float] | None = None,
+        note: Callable[[], str] | None = None,
     ) -> Iterator[T]:
-        """Pass ``items`` on, showing how many of ``total`` are done.
+        """Pass ``items`` on, showing how many of ``total`` are done, and what ``note`` says about it.
 
         With ``cost`` (any unit) it is costs that are counted, and ``total`` is their sum: the time left is then right
         also where items take very different times.
@@ -31,30 +32,46 @@ class Progress(Protocol):
 
 
 def silent(
-    items: Iterable[T], total: float | None = None, label: str = "", cost: Callable[[T], float] | None = None
+    items: Iterable[T],
+    total: float | None = None,
+    label: str = "",
+    cost: Callable[[T], float] | None = None,
+    note: Callable[[], str] | None = None,
 ) -> Iterator[T]:
     """A `Progress` that shows nothing."""
     yield from items
 
 
 def bar(
-    items: Iterable[T], total: float | None = None, label: str = "", cost: Callable[[T], float] | None = None
+    items: Iterable[T],
+    total: float | None = None,
+    label: str = "",
+    cost: Callable[[T], float] | None = None,
+    note: Callable[[], str] | None = None,
 ) -> Iterator[T]:
     """A `Progress` on standard error; where that is no terminal, a line now and then."""
     if total is None and isinstance(items, Sized):
         total = len(items) if cost is None else sum(map(cost, items))
     interval = 0.2 if sys.stderr.isatty() else 15.0
     shown: dict[str, Any] = {"desc": label, "mininterval": interval, "maxinterval": interval, "dynamic_ncols": True}
-    if cost is None:
+    if cost is None and note is None:
         yield from tqdm(items, total=total, **shown)
         return
+    if cost is None:
+        with tqdm(total=total, **shown) as line:
+            for item in items:
+                yield item
+                line.set_postfix_str(note() if note else "", refresh=False)
+                line.update()
+        return
     count = len(items) if isinstance(items, Sized) else None
+    said = note or (lambda: "")
     # The mean speed since the start (smoothing 0): costs are rough, and items few.
     with tqdm(total=total, smoothing=0, miniters=0, bar_format=_COSTS, **shown) as line:
         line.set_postfix_str(_place(0, count), refresh=False)
         for number, item in enumerate(items, start=1):
             yield item
-            line.set_postfix_str(_place(number, count), refresh=False)
+            line.set_postfix_str(" ".join([_place(number, count), said()]).strip(), refresh=False)
             line.update(cost(item))
 
 

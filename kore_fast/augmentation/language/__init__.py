@@ -1,0 +1,8 @@
+"""Samples written by a language model behind any OpenAI-compatible server, through a cache of requests."""
+
+from kore_fast.augmentation.language.cache import RequestCache
+from kore_fast.augmentation.language.options import LanguageModelOptions
+from kore_fast.augmentation.language.writer import Estimate, LanguageModelWriter
+from kore_fast.errors import LanguageModelError
+
+__all__ = ["Estimate", "LanguageModelError", "LanguageModelOptions", "LanguageModelWriter", "RequestCache"]
