@@ -59,7 +59,8 @@ void multiply_wide(const char* what, const std::vector<Product<E, T>>& products,
   });
   torch::stable::parallel_for(0, strips, worth_a_thread(depth * panels * panel * strip), [&](int64_t from, int64_t to) {
     // Where a few panels leave room in the cache, many strips at once: down columns, a page is then read once.
-    const int64_t most = std::min(std::clamp(kSums / panels, kStrips, kMostStrips), to - from), tile = strip * panel;
+    const int64_t fit = std::clamp(kSums / std::max<int64_t>(1, panels), kStrips, kMostStrips);
+    const int64_t most = std::min(fit, to - from), tile = strip * panel;
     const Memory packed = aligned(what, static_cast<size_t>(most * strip * kDepth) * sizeof(T));
     const Memory sums = aligned(what, static_cast<size_t>(panels * most * tile) * sizeof(T));
     T* const a = static_cast<T*>(packed.get());

@@ -1,6 +1,6 @@
 """The frozen-A LoRA layer by `csrc/frozen_lora`: the adapter's products continue the sums of the base's.
 
-On a CPU all products are compiled ones, in float32, float64 and bfloat16. On CUDA, in bfloat16 and float16, those of
+On a CPU all products are compiled ones. On CUDA, in bfloat16 and float16, those of
 the size of the base's are: y = x Wᵀ + s·z Bᵀ + bias and dx = dy W + dz A, each rounded and written once. So y is not
 the vendor's bit for bit where B is 0. z, dz and dB are vendor products there; a float32 B gets dB's float32 sums, not
 sums that were rounded to bfloat16. `csrc/frozen_lora/cuda.cu` says why dz and dB do not share a read of dy.
