@@ -40,7 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         with process_group():
             _refuse_several_processes(options.command)
-            others = {"spectrum": _spectrum, "verify": _verify, "merge": _merge, "import-kore": _import_kore}
+            others = {
+                "augment": _augment,
+                "convert": _convert,
+                "spectrum": _spectrum,
+                "verify": _verify,
+                "merge": _merge,
+                "import-kore": _import_kore,
+            }
             return others.get(options.command, _run)(options)
     except KoreError as error:
         from kore_fast.constraint.distributed import leave_process_group
@@ -79,7 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="every stage of a recipe, in order")
     stages = {name: commands.add_parser(name, help=text) for name, text in STAGES.items()}
     for name, command in {"run": run, **stages}.items():
-        command.add_argument("recipe", type=Path, help="a YAML file, or a folder with recipe.yaml")
+        place = command.add_argument("recipe", type=Path, help="a YAML file, or a folder with recipe.yaml")
+        if name == "augment":
+            place.nargs = "?"
+            command.add_argument(
+                "--items", type=Path, metavar="FILE", help="an items file, or EVOKE's, instead of a recipe"
+            )
+            command.add_argument(
+                "--dry-run", action="store_true", help="say what would be asked, searched and paid, and do nothing"
+            )
         command.add_argument(
             "--run", "--run-dir", type=Path, metavar="DIR", help="the run's folder (default: runs/<recipe's name>)"
         )
@@ -117,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("--model", required=True, metavar="PATH", help="the base model that it started from")
     imports.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for the adapter")
     imports.add_argument("--verbose", action="store_true", help="say more about what is done")
+    convert = commands.add_parser("convert", help="training samples from one file format to another")
+    convert.add_argument("samples", type=Path, help="LLaVA, LLaMA-Factory, ms-swift or TRL JSON, or parquet")
+    convert.add_argument("output", type=Path, help="the new file")
+    convert.add_argument("--format", required=True, help="llava, llama-factory, swift, messages or parquet")
+    convert.add_argument("--from", dest="source", metavar="FORMAT", help="default: as the file looks")
+    convert.add_argument("--images", type=Path, metavar="DIR", help="the pictures' folder (default: the samples' own)")
+    convert.add_argument("--absolute-images", action="store_true", help="write whole paths to the pictures")
+    convert.add_argument("--unpack", type=Path, metavar="DIR", help="where pictures inside a parquet file go")
+    convert.add_argument("--verbose", action="store_true", help="say more about what is done")
     env = commands.add_parser("env", help="versions, devices and what was built")
     env.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -145,13 +169,7 @@ def _run(options: argparse.Namespace) -> int:
     keep_freed_memory()
     if not options.verbose:
         quiet_transformers()
-    overrides = {}
-    for text in options.set:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise RecipeError(f"--set {text}: want KEY=VALUE, as in training.steps=20")
-        overrides[key] = value
-    recipe = load_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, _overrides(options.set))
     run = (options.run or Path("runs") / recipe.name).resolve()
     Ranks().by_first(lambda: prepare(recipe))
     stages = build_stages(recipe, run)
@@ -172,6 +190,83 @@ def _run(options: argparse.Namespace) -> int:
             print("\nThe adapter is an ordinary one. In plain PEFT, without kore_fast:\n")
             for line in load_lines(run / "train" / name / "adapter", recipe.model_path()):
                 print(f"    {line}")
+    return 0
+
+
+def _overrides(texts: Sequence[str]) -> dict[str, str]:
+    from kore_fast.errors import RecipeError
+
+    overrides = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {text}: want KEY=VALUE, as in training.steps=20")
+        overrides[key] = value
+    return overrides
+
+
+def _augment(options: argparse.Namespace) -> int:
+    """A recipe's stage, or an items file by itself."""
+    from kore_fast.augmentation.pipeline import describe_cost
+    from kore_fast.errors import RecipeError
+    from kore_fast.recipe.runner import run_stages
+    from kore_fast.recipe.schema import load_plan, load_recipe
+    from kore_fast.recipe.stages import augment_stage
+    from kore_fast.recipe.work import AUGMENT_CACHE
+
+    if (options.recipe is None) == (options.items is None):
+        raise RecipeError("augment: give a recipe or --items FILE, one of them")
+    overrides = _overrides(options.set)
+    if options.recipe is not None:
+        recipe = load_recipe(options.recipe, overrides)
+        items, plan, name, resolve = recipe.resolve(recipe.items), recipe.augmentation, recipe.name, recipe.resolve
+    else:
+        items = options.items.resolve()
+        plan, name = load_plan(items, overrides), items.stem
+
+        def resolve(path: Path | str) -> Path:
+            return Path(path).resolve()
+
+    run = (options.run or Path("runs") / name).resolve()
+    if options.dry_run:
+        print(describe_cost(items, plan.resolved(resolve), run / AUGMENT_CACHE))
+        return 0
+    run_stages(run, [augment_stage(items, plan, resolve, run, name)])
+    print(_told(run / "augment"))
+    return 0
+
+
+def _told(folder: Path) -> str:
+    """What an augmentation came to, and where it is."""
+    from kore_fast.files import read_json
+
+    summary = read_json(folder / "summary.json")
+    counts = ", ".join(f"{name} {sizes['samples']:,}" for name, sizes in summary["branches"].items())
+    lines = [f"{summary['items']:,} items, {summary['samples']:,} samples: {counts}"]
+    if left_out := len((folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()):
+        lines.append(f"{left_out:,} left out, each with its reason in {folder / 'rejects.jsonl'}")
+    writer = summary["writer"]
+    if "cost" in writer:
+        tokens = writer["prompt_tokens"] + writer["completion_tokens"]
+        lines.append(f"{writer['model']}: {writer['requests']:,} requests, {tokens:,} tokens, cost {writer['cost']}")
+    lines += [f"Samples: {folder / 'samples.json'}", f"To look at: {folder / 'contact_sheet.html'}"]
+    return "\n".join(lines)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from kore_fast.data.formats import convert
+
+    made = convert(
+        options.samples,
+        options.output,
+        options.format,
+        source_format=options.source,
+        image_root=options.images,
+        absolute_images=options.absolute_images,
+        unpack_to=options.unpack,
+    )
+    unpacked = f", {made.unpacked:,} pictures unpacked" if made.unpacked else ""
+    print(f"{made.samples:,} samples from {made.source_format} to {made.format}{unpacked}: {options.output}")
     return 0
 
 

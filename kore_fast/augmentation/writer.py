@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from kore_fast.augmentation.provenance import PictureSource
 from kore_fast.data.items import Item
 from kore_fast.errors import DataError
 
@@ -53,14 +54,17 @@ class Writer(Protocol):
 class ImageSource(Protocol):
     """Finds the picture that a sample shows."""
 
-    def find(self, item: Item, search: str) -> str:
-        """A path relative to the image folder for ``item``; ``search`` describes what should be seen."""
+    def find(self, item: Item, search: str, branch: str) -> tuple[str, PictureSource]:
+        """A path relative to the samples' image folder, and where the picture comes from.
+
+        ``search`` describes what should be seen; two branches of one item may show different pictures.
+        """
         ...
 
 
 class OwnImage:
     """Every sample shows its item's own picture."""
 
-    def find(self, item: Item, search: str) -> str:
+    def find(self, item: Item, search: str, branch: str) -> tuple[str, PictureSource]:
         """The item's picture, whatever is searched for."""
-        return item.image
+        return item.image, PictureSource(source=item.source, licence=item.licence)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -64,6 +64,7 @@ def read_evoke(
     names: Mapping[str, str] | None = None,
     check_images: bool = True,
     max_pixels: int = MAX_PIXELS,
+    skip: Callable[[str], object] | None = None,
 ) -> EvokeKnowledge:
     """Read an injection file as it is released.
 
@@ -73,6 +74,7 @@ def read_evoke(
     Args:
         names: id → name, where the derived name is wrong or there is none; by default ``STEM.names.json`` beside the
             file, if there is one.
+        skip: see `load_items`.
 
     Raises:
         DataError: lists every problem of the file at once: no answer in a record, no name to be had, two records with
@@ -80,7 +82,7 @@ def read_evoke(
     """
     path = Path(path)
     names = _names_beside(path) if names is None else names
-    problems = Problems()
+    problems = Problems(skip)
     items: list[Item] = []
     rules: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -97,7 +99,8 @@ def read_evoke(
         named = f"{place}, id {identity!r}" if identity else place
         if identity in first:
             problems.add(f"{named}: the id is already used by {first[identity]}; ids must differ")
-        first.setdefault(identity, place)
+            continue
+        first[identity] = place
         item, rule, wrong = _item(record, identity, names, path.parent)
         problems.add(*(f"{named}: {one}" for one in wrong))
         if item is None:
@@ -112,7 +115,8 @@ def read_evoke(
         rules[rule] += 1
     if not found:
         problems.add(f"there is no item in it; {SHAPES}")
-    problems.raise_any(path, "items")
+    if skip is None or not items:
+        problems.raise_any(path, "items")
     return EvokeKnowledge(items, dict(sorted(rules.items())))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +81,31 @@ class Item(BaseModel):
         return facts
 
 
-def load_items(path: str | Path, *, check_images: bool = True, max_pixels: int = MAX_PIXELS) -> list[Item]:
+def load_items(
+    path: str | Path,
+    *,
+    check_images: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    skip: Callable[[str], object] | None = None,
+) -> list[Item]:
     """Read and check a JSON-lines file of items, or EVOKE's JSON list (see `read_evoke`, told apart by the first
     character); image paths are relative to the file's folder.
 
     Every picture is decoded in full (``check_images=False`` leaves that out).
 
+    Args:
+        skip: is told each problem, and the item is left out; by default a problem is an error.
+
     Raises:
         DataError: lists every problem of the file at once, with line numbers: bad JSON, an unknown or missing key, an
-            empty name or text, two items with one id, a picture that is missing, broken, too large or outside.
+            empty name or text, two items with one id, a picture that is missing, broken, too large or outside. With
+            ``skip``, only where no item is left.
     """
     path = Path(path)
-    if _is_list(path):
+    if is_evoke_file(path):
         from kore_fast.data.evoke import read_evoke  # it makes items itself
 
-        return read_evoke(path, check_images=check_images, max_pixels=max_pixels).items
+        return read_evoke(path, check_images=check_images, max_pixels=max_pixels, skip=skip).items
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -122,7 +133,8 @@ def load_items(path: str | Path, *, check_images: bool = True, max_pixels: int =
             place = f"line {number}, item {identity!r}"
             if identity in first_line:
                 problems.append(f"{place}: the id is already used on line {first_line[identity]}; ids must differ")
-            first_line.setdefault(identity, number)
+                continue
+            first_line[identity] = number
         try:
             item = Item.model_validate(record)
         except ValidationError as error:
@@ -140,11 +152,16 @@ def load_items(path: str | Path, *, check_images: bool = True, max_pixels: int =
         problems.insert(0, SHAPES)
     if not items and not problems:
         problems.append("there is no item in it; write one JSON object a line with id, name, image and text")
-    raise_problems(path, "items", problems)
+    if skip is None or not items:
+        raise_problems(path, "items", problems)
+    if skip is not None:
+        for problem in problems:
+            skip(problem)
     return items
 
 
-def _is_list(path: Path) -> bool:
+def is_evoke_file(path: Path) -> bool:
+    """Whether a file is a JSON list, as EVOKE's are; items of our own are JSON lines."""
     try:
         with open(path, "rb") as file:
             return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")

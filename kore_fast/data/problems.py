@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,14 +14,20 @@ SHOWN = 20
 
 
 class Problems:
-    """Problems found one by one in a file of any length: all are counted, the first ``SHOWN`` are kept."""
+    """Problems found one by one in a file of any length: all are counted, the first ``SHOWN`` are kept.
 
-    def __init__(self) -> None:
+    ``tell`` hears of each.
+    """
+
+    def __init__(self, tell: Callable[[str], object] | None = None) -> None:
         self.count = 0
         self._shown: list[str] = []
+        self._tell = tell
 
     def add(self, *problems: str) -> None:
         """Take problems up."""
+        for problem in problems if self._tell else ():
+            self._tell(problem)  # type: ignore[misc]
         self.count += len(problems)
         self._shown += problems[: SHOWN - len(self._shown)]
 

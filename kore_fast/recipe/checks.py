@@ -20,7 +20,7 @@ def prepare(recipe: Recipe) -> None:
     from kore_fast.data.items import load_items
     from kore_fast.data.old_knowledge import read_pictures, read_texts
 
-    load_items(recipe.resolve(recipe.items))
+    load_items(recipe.resolve(recipe.items), skip=_ignore if recipe.augmentation.skip_bad_items else None)
     if recipe.model.build is not None:
         script = recipe.resolve(recipe.model.build)
         if not script.is_file():
@@ -62,3 +62,7 @@ def _check_ranks(recipe: Recipe) -> None:
                 f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "
                 f"{tuple(shapes[narrowest])}; choose at most {min(shapes[narrowest])}"
             )
+
+
+def _ignore(problem: str) -> None:
+    """The stage that writes samples reports it."""

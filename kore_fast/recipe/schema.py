@@ -11,7 +11,8 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
-from kore_fast.augmentation import AugmentationOptions
+from kore_fast.augmentation.options import AugmentationOptions
+from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.errors import ConstraintError, RecipeError
 
 BASE = "base"
@@ -208,7 +209,7 @@ class Recipe(Section):
     seed: int = 0
     model: ModelSection
     items: Path
-    augmentation: AugmentationOptions = AugmentationOptions()
+    augmentation: AugmentationPlan = AugmentationPlan()
     old_knowledge: OldKnowledge = OldKnowledge()
     covariance: CovarianceSection | None = None
     methods: dict[str, Method]
@@ -302,6 +303,27 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         raise RecipeError(_explain(file, error)) from None
 
 
+def load_plan(items: Path, overrides: Mapping[str, str] | None = None) -> AugmentationPlan:
+    """How to augment an items file without a recipe: for EVOKE's JSON the shape of KORE-74K, else the defaults.
+
+    Args:
+        overrides: key of the plan → YAML value, as from ``--set language_model.model=gpt-4o``; ``augmentation.`` may
+            stand before it, as in a recipe.
+
+    Raises:
+        RecipeError: names the key, and for a misspelt one the nearest known.
+    """
+    from kore_fast.data.items import is_evoke_file
+
+    values: dict[str, Any] = AugmentationOptions.kore_74k().model_dump(mode="json") if is_evoke_file(items) else {}
+    for key, text in (overrides or {}).items():
+        _override(values, key.removeprefix("augmentation."), text, items)
+    try:
+        return AugmentationPlan.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(items, error, AugmentationPlan)) from None
+
+
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeys)
@@ -345,25 +367,31 @@ def _override(values: dict[str, Any], key: str, text: str, file: Path) -> None:
         raise RecipeError(f"--set {key}={text}: not a YAML value ({error})") from None
 
 
-def _explain(file: Path, error: ValidationError) -> str:
+def _explain(file: Path, error: ValidationError, section: type[BaseModel] | None = None) -> str:
     lines = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(problem["loc"][:-1])
+            known = _known_keys(problem["loc"][:-1], section or Recipe)
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
             lines.append(f"{place}: unknown key; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{place}: missing")
         else:
-            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r:.60})")
+            # What stands in these may be a secret, pasted where its variable's name belongs.
+            secret = isinstance(problem["input"], dict) or _MAY_HOLD_SECRETS & set(problem["loc"])
+            found = "" if secret else f" (found {problem['input']!r:.60})"
+            lines.append(f"{place or 'as a whole'}: {problem['msg'].removeprefix('Value error, ')}{found}")
     return f"{file}: " + "; ".join(lines)
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at ``location``."""
-    section: Any = Recipe
+_MAY_HOLD_SECRETS = {"api_key_env", "key_env", "base_url", "endpoint", "extra_body"}
+
+
+def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
+    """The keys of the section of ``root`` at ``location``."""
+    section: Any = root
     for part in location:
         fields = getattr(section, "model_fields", {})
         if part in fields:

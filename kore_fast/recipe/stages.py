@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from kore_fast.files import read_jsonl
+from kore_fast.augmentation.plan import AugmentationPlan
+from kore_fast.data.items import load_items
+from kore_fast.errors import DataError
+from kore_fast.files import inside, read_jsonl
 from kore_fast.recipe import work
 from kore_fast.recipe.runner import Stage
 from kore_fast.recipe.schema import BASE, Method, Recipe
@@ -18,18 +22,8 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
     model = Path(recipe.model_path())
     models = [model] if model.exists() else []
     items = recipe.resolve(recipe.items)
-    wordings = items.parent / "wordings.yaml"
     name = recipe.model_path() if not models else ""
-    stages = [
-        Stage(
-            "augment",
-            options={"augmentation": recipe.augmentation.model_dump(mode="json")},
-            inputs=[items, *([wordings] if wordings.exists() else [])],
-            work=lambda folder, progress: work.augment(recipe, folder),
-            produces=("samples.json", "knowledge.json", "questions.jsonl", "summary.json"),
-            seconds=3,
-        )
-    ]
+    stages = [augment_stage(items, recipe.augmentation, recipe.resolve, run, recipe.name)]
     covariances: list[Path] = []
     if recipe.covariance is not None:
         covariances = [run / "covariance"]
@@ -71,6 +65,21 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
     return sorted(stages, key=lambda stage: order[stage.kind])
 
 
+def augment_stage(
+    items: Path, plan: AugmentationPlan, resolve: Callable[[str | Path], Path], run: Path, name: str
+) -> Stage:
+    """Items → samples; needs neither a model nor the rest of a recipe."""
+    beside = [items.parent / "wordings.yaml", items.with_name(f"{items.stem}.names.json")]
+    return Stage(
+        "augment",
+        options={"augmentation": plan.model_dump(mode="json"), "name": name},
+        inputs=[items, *(file for file in beside if file.exists())],
+        work=lambda folder, progress: work.augment(items, plan.resolved(resolve), run, folder, progress, name),
+        produces=("samples.json", "knowledge.json", "questions.jsonl", "summary.json", "card.json"),
+        seconds=3 if plan.language_model is None else 600,
+    )
+
+
 def _method_stages(
     recipe: Recipe, run: Path, name: str, method: Method, models: list[Path], covariances: list[Path]
 ) -> Iterator[Stage]:
@@ -100,7 +109,7 @@ def _method_stages(
             *models,
             *([] if method.kind == "full" else [init]),
             run / "augment" / data,
-            *_pictures_in(recipe.resolve(recipe.items)),
+            *_pictures_of(recipe.resolve(recipe.items)),
         ],
         work=lambda folder, progress: work.train(recipe, run, name, method, folder, progress),
         produces=("loss.csv", "model" if method.kind == "full" else "adapter"),
@@ -122,7 +131,7 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
         inputs=[
             *models,
             run / "augment" / "questions.jsonl",
-            *_pictures_in(recipe.resolve(recipe.items)),
+            *_pictures_of(recipe.resolve(recipe.items)),
             *_read(recipe, *old),
             *trained,
         ],
@@ -136,6 +145,19 @@ def _read(recipe: Recipe, *files: Path) -> list[Path]:
     """Files of old knowledge, and the pictures that they name."""
     resolved = [recipe.resolve(file) for file in files]
     return [path for file in resolved for path in (file, *_pictures_in(file))]
+
+
+def _pictures_of(items: Path) -> list[Path]:
+    """The pictures of an items file that are there; the stage that writes samples says which are not."""
+    try:
+        found = load_items(items, check_images=False, skip=lambda problem: None)
+    except DataError:
+        return []
+    paths = []
+    for image in sorted({item.image for item in found}):
+        with suppress(DataError, OSError, ValueError):
+            paths += [path for path in (inside(items.parent, image),) if path.is_file()]
+    return paths
 
 
 def _pictures_in(file: Path) -> list[Path]:

@@ -26,21 +26,24 @@ from kore_fast.recipe.schema import BASE, Method, Recipe
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from kore_fast.augmentation.plan import AugmentationPlan
 
-def augment(recipe: Recipe, folder: Path) -> None:
-    """Items → samples.json, knowledge.json, questions.jsonl, summary.json."""
-    from kore_fast.augmentation import augment
-    from kore_fast.augmentation.wordings import wordings_beside
-    from kore_fast.data.items import load_items
-    from kore_fast.data.questions import write_questions
-    from kore_fast.data.samples import write_samples
+AUGMENT_CACHE = "augment.cache"
+"""In a run's folder: answers and pictures that were paid for, kept whatever becomes of the stage."""
 
-    path = recipe.resolve(recipe.items)
-    made = augment(load_items(path), recipe.augmentation, wordings=wordings_beside(path))
-    write_samples(folder / "samples.json", made.samples)
-    write_samples(folder / "knowledge.json", made.knowledge)
-    write_questions(folder / "questions.jsonl", made.questions)
-    write_json(folder / "summary.json", made.summary)
+
+def augment(items: Path, plan: AugmentationPlan, run: Path, folder: Path, progress: Progress, name: str) -> None:
+    """Items → samples.json, knowledge.json, questions.jsonl, summary.json and what shows them; ``plan`` is resolved."""
+    from kore_fast.augmentation.pipeline import produce
+
+    produce(items, plan, folder, run / AUGMENT_CACHE, name=name, show=progress)
+
+
+def image_root(recipe: Recipe, run: Path) -> Path:
+    """The folder that the pictures of a recipe's samples are below."""
+    from kore_fast.augmentation.pipeline import image_root
+
+    return image_root(recipe.resolve(recipe.items), recipe.augmentation, run / "augment")
 
 
 def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
@@ -177,7 +180,7 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
     from kore_fast.training.loop import TrainingOptions, train, write_loss
 
     data = run / "augment" / ("samples.json" if method.samples == "augmented" else "knowledge.json")
-    root = recipe.resolve(recipe.items).parent
+    root = image_root(recipe, run)
     dataset = ConversationDataset(load_processor(recipe.model_path()), read_samples(data, root), root)
     model = load_model(recipe.model_path())
     if method.kind == "full":

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from kore_fast.augmentation import AugmentationOptions, Round, TemplateWriter, Wordings, augment
+from kore_fast.augmentation.provenance import PictureSource
 from kore_fast.augmentation.wordings import FactWordings
 from kore_fast.data import read_samples, write_samples
 from kore_fast.data.items import Item
@@ -126,8 +127,8 @@ def test_what_cannot_be_written_is_counted_with_its_reason() -> None:
 
 def test_a_writer_and_an_image_source_of_ones_own_are_used() -> None:
     class Search:
-        def find(self, item: Item, search: str) -> str:
-            return f"found/{search}.png"
+        def find(self, item: Item, search: str, branch: str) -> tuple[str, PictureSource]:
+            return f"found/{search}.png", PictureSource(own=False)
 
     class Terse(TemplateWriter):
         def caption(self, item: Item) -> Round:

@@ -83,6 +83,11 @@ class PictureSearch:
 
                 await _all(work() for _ in range(self.options.concurrency))
 
+    def known(self, query: str) -> bool:
+        """Whether the query was searched for; its pictures may still be missing."""
+        record = self.store.search(self.search_key(name)) if (name := normal_query(query)) else None
+        return record is not None and record.failure is None
+
     def candidates(self, query: str, *, own: str | Path | None = None) -> list[Picture]:
         """The query's pictures, best first, at most `ImageSearchOptions.results`, each different from the others.
 

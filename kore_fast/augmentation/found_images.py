@@ -1,0 +1,100 @@
+"""Searched pictures, chosen by CLIP, as a source for samples; all pictures of the samples below one folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from kore_fast.augmentation.clip import Choice, Clip
+from kore_fast.augmentation.images import Picture, PictureSearch
+from kore_fast.augmentation.options import AugmentationOptions
+from kore_fast.augmentation.provenance import PictureSource
+from kore_fast.augmentation.writer import CannotWriteError, Writer
+from kore_fast.data.items import Item
+from kore_fast.files import inside
+
+FOUND = "found_pictures"
+"""The folder of found pictures in the samples' image folder."""
+
+
+def queries_of(item: Item, writer: Writer, options: AugmentationOptions) -> Iterator[tuple[str, str]]:
+    """What is searched for an item, as (branch, query): its name for recognition and caption, and what VQA asks for."""
+    yield from ((branch, item.name) for branch in ("recognition", "caption") if branch in options.branches)
+    if "vqa" in options.branches:
+        try:
+            rounds = writer.vqa(item)
+        except CannotWriteError:
+            return
+        yield from (("vqa", one.search) for one in rounds if one.search)
+
+
+class FoundImages:
+    """Of an item's found pictures the most similar one for recognition, the next for its caption, and for a VQA sample
+    the one that fits its search best. Where none was found, and in dialogues, the item's own.
+
+    Reads caches only: `PictureSearch.prepare` and `Clip.warm` come before.
+
+    Args:
+        items_folder: of the items' own pictures.
+        folder: the samples' image folder; pictures are linked or copied into it.
+    """
+
+    def __init__(self, search: PictureSearch, clip: Clip, items_folder: Path, folder: Path) -> None:
+        self.search, self.clip = search, clip
+        self.items_folder, self.folder = items_folder, folder
+        self.counts: Counter[str] = Counter()
+        """Samples by where their picture comes from."""
+        self._last: tuple[tuple[str, str], tuple[list[Picture], Choice]] | None = None
+
+    def find(self, item: Item, search: str, branch: str) -> tuple[str, PictureSource]:
+        """See `ImageSource.find`."""
+        own = inside(self.items_folder, item.image)
+        if branch in ("recognition", "caption", "vqa") and search:
+            pictures, choice = self._choice(item, search, own, by_text=branch == "vqa")
+            if choice.kept:
+                one = choice.kept[min(1, len(choice.kept) - 1) if branch == "caption" else 0]
+                picture = next(found for found in pictures if found.sha256 == one.sha256)
+                self.counts[f"{branch}: found"] += 1
+                source = PictureSource(
+                    False, picture.provider, picture.source_page, picture.author, picture.licence, search, one.score
+                )
+                return self._placed(one.path, f"{FOUND}/{one.path.name}"), source
+            self.counts[f"{branch}: the item's own, as none was found"] += 1
+        else:
+            self.counts[f"{branch}: the item's own"] += 1
+        return self._placed(own, item.image), PictureSource(source=item.source, licence=item.licence)
+
+    def pictures(self, items: Iterable[Item], writer: Writer, options: AugmentationOptions) -> Iterator[Path]:
+        """Every picture that `find` will want scored, item by item."""
+        for item in items:
+            own = inside(self.items_folder, item.image)
+            for branch, query in queries_of(item, writer, options):
+                if branch != "vqa":
+                    yield own
+                for picture in self.search.candidates(query, own=own):
+                    yield self.search.path(picture)
+
+    def _choice(self, item: Item, query: str, own: Path, *, by_text: bool) -> tuple[list[Picture], Choice]:
+        key = (f"{item.id}\n{by_text}", query)
+        if self._last is None or self._last[0] != key:
+            pictures = self.search.candidates(query, own=own)
+            paths = [self.search.path(picture) for picture in pictures]
+            choice = self.clip.best_for_text(query, paths) if by_text else self.clip.closest(own, paths)
+            self._last = (key, (pictures, choice))
+        return self._last[1]
+
+    def _placed(self, path: Path, name: str) -> str:
+        target = self.folder / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.partial")
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(path, partial)
+            except OSError:  # another disk, or a file system without links
+                shutil.copyfile(path, partial)
+            os.replace(partial, target)
+        return name

@@ -1,0 +1,242 @@
+"""An items file → a folder of samples: requests and searches into caches, then one pass that writes.
+
+What is slow or costs money lies in the cache folder, entry by entry, so that a run that was killed pays for nothing
+twice; the pass that follows reads caches only and writes the same bytes each time.
+
+    cache/requests.sqlite  cache/pictures/  cache/clip.sqlite
+    folder/samples.json  knowledge.json  questions.jsonl  summary.json  rejects.jsonl  card.json  README.md
+    folder/contact_sheet.html  folder/images/ (with image search)  folder/formats/
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kore_fast.augmentation.augment import Assembly, Reject
+from kore_fast.augmentation.card import CardInfo, CardTotals, Costs, write_card
+from kore_fast.augmentation.clip import Clip
+from kore_fast.augmentation.contact_sheet import ContactSheet
+from kore_fast.augmentation.found_images import FoundImages, queries_of
+from kore_fast.augmentation.grounding import Grounding
+from kore_fast.augmentation.images import PictureSearch
+from kore_fast.augmentation.language import LanguageModelWriter
+from kore_fast.augmentation.plan import AugmentationPlan
+from kore_fast.augmentation.provenance import TEMPLATES
+from kore_fast.augmentation.templates import TemplateWriter
+from kore_fast.augmentation.wordings import Wordings, wordings_beside
+from kore_fast.augmentation.writer import ImageSource, OwnImage, Writer
+from kore_fast.data.formats import FORMATS
+from kore_fast.data.items import Item, load_items
+from kore_fast.data.questions import write_questions
+from kore_fast.data.samples import Sample, stream_samples, write_samples
+from kore_fast.errors import DataError
+from kore_fast.files import write_json, write_jsonl
+from kore_fast.progress import Progress, silent
+
+IMAGES = "images"
+"""The samples' image folder where pictures are searched for; else it is that of the items."""
+REJECTS = "rejects.jsonl"
+
+
+def image_root(items: Path, plan: AugmentationPlan, folder: Path) -> Path:
+    """The folder that the samples' pictures are below."""
+    return items.parent if plan.image_search is None else folder / IMAGES
+
+
+@dataclass
+class Parts:
+    """What writes and finds, for one set of items."""
+
+    items: list[Item]
+    bad_items: list[str]
+    wordings: Wordings
+    writer: Writer
+    language_model: LanguageModelWriter | None
+    search: PictureSearch | None
+    clip: Clip | None
+
+
+def read_parts(items_file: Path, plan: AugmentationPlan, cache: Path, stack: ExitStack) -> Parts:
+    """Items and what is to work on them; nothing is asked yet.
+
+    Raises:
+        DataError: the items file cannot be used, or a part is not set up.
+    """
+    bad: list[str] = []
+    items = load_items(items_file, skip=bad.append if plan.skip_bad_items else None)
+    wordings = wordings_beside(items_file)
+    model = None
+    writer: Writer = TemplateWriter(wordings, plan)
+    if plan.language_model is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        writer = model = LanguageModelWriter(plan.language_model, cache / "requests.sqlite", wordings, plan)
+        stack.callback(model.cache.close)
+    search = clip = None
+    if plan.image_search is not None:
+        if plan.clip is None:
+            raise DataError(
+                "image_search finds pictures that CLIP must choose from: give 'clip' (a model and its weights), or "
+                "clip: {unfiltered: true} to take them in the search's order"
+            )
+        search = PictureSearch(plan.image_search, cache / "pictures")
+        clip = stack.enter_context(Clip(plan.clip, cache))
+    return Parts(items, bad, wordings, writer, model, search, clip)
+
+
+def describe_cost(items_file: Path, plan: AugmentationPlan, cache: Path) -> str:
+    """What a run would ask and cost, in lines for people; nothing is sent.
+
+    Raises:
+        DataError: see `read_parts`.
+    """
+    with ExitStack() as stack:
+        parts = read_parts(items_file, plan, cache, stack)
+        lines = [f"{len(parts.items):,} items" + (f", {len(parts.bad_items):,} left out" if parts.bad_items else "")]
+        if parts.language_model is None:
+            lines.append("writer: templates, no requests")
+        else:
+            lines.append(f"{parts.language_model.model.model}: {parts.language_model.estimate(parts.items).describe()}")
+        if parts.search is not None:
+            wanted = {query for item in parts.items for _, query in queries_of(item, parts.writer, plan)}
+            known = sum(parts.search.known(query) for query in wanted)
+            more = "" if parts.language_model is None else ", and those of VQA once it is written"
+            lines.append(f"{parts.search.provider.name}: {len(wanted) - known:,} searches, {known:,} known{more}")
+        return "\n".join(lines)
+
+
+def produce(
+    items_file: Path,
+    plan: AugmentationPlan,
+    folder: Path,
+    cache: Path,
+    *,
+    name: str | None = None,
+    show: Progress = silent,
+) -> dict[str, Any]:
+    """Everything, from the items file to the files in ``folder``; see the module.
+
+    Args:
+        plan: its paths are absolute, see `AugmentationPlan.resolved`.
+        cache: kept between runs, and between changes of the plan.
+        name: the data set's, for its card.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        DataError: the items, a cache or a part cannot be used. Finished work is kept.
+        LanguageModelError: the model cannot be reached.
+    """
+    with ExitStack() as stack:
+        parts = read_parts(items_file, plan, cache, stack)
+        if parts.language_model is not None:
+            parts.language_model.prepare(parts.items, show)
+        images = _images(items_file, plan, folder, parts, show)
+        grounding = None if plan.checks is None else Grounding(plan.checks)
+        return _write(items_file, plan, folder, parts, images, grounding, name or items_file.parent.name)
+
+
+def _images(items_file: Path, plan: AugmentationPlan, folder: Path, parts: Parts, show: Progress) -> ImageSource:
+    """Search, download and score; then the source that reads what is there."""
+    if parts.search is None or parts.clip is None:
+        return OwnImage()
+    every = (query for item in parts.items for _, query in queries_of(item, parts.writer, plan))
+    asyncio.run(parts.search.prepare(every, show))
+    found = FoundImages(parts.search, parts.clip, items_file.parent, folder / IMAGES)
+    texts = (query for item in parts.items for branch, query in queries_of(item, parts.writer, plan) if branch == "vqa")
+    parts.clip.warm(found.pictures(parts.items, parts.writer, plan), texts)
+    return found
+
+
+def _write(
+    items_file: Path,
+    plan: AugmentationPlan,
+    folder: Path,
+    parts: Parts,
+    images: ImageSource,
+    grounding: Grounding | None,
+    name: str,
+) -> dict[str, Any]:
+    model = parts.language_model
+    writer_name = TEMPLATES if model is None else model.model.model
+    assembly = Assembly(
+        parts.items,
+        plan,
+        wordings=parts.wordings,
+        writer=parts.writer,
+        writer_name=writer_name,
+        images=images,
+        grounding=grounding,
+    )
+    totals, sheet = CardTotals(), ContactSheet(per_branch=plan.contact_sheet, seed=plan.seed)
+    for item in parts.items:
+        totals.add_item(item)
+
+    def samples() -> Iterator[Sample]:
+        for sample, provenance in assembly.samples():
+            totals.add_sample(sample, provenance)
+            sheet.add(sample, provenance)
+            yield sample
+
+    write_samples(folder / "samples.json", samples())
+    write_samples(folder / "knowledge.json", assembly.knowledge())
+    write_questions(folder / "questions.jsonl", assembly.questions())
+    rejects = [*(Reject("", "item", problem) for problem in parts.bad_items), *assembly.rejects]
+    rejects += _picture_rejects(plan, parts)
+    write_jsonl(folder / REJECTS, (reject.as_dict() for reject in rejects))
+    for reject in rejects:
+        totals.add_reject(reject.reason, item=reject.item, branch=reject.branch, example=reject.example)
+    summary = assembly.summary()
+    summary["writer"] = {"writer": TEMPLATES} if model is None else model.summary()
+    if isinstance(images, FoundImages) and parts.clip is not None:
+        summary["pictures"] = dict(sorted(images.counts.items()))
+        summary["clip"] = parts.clip.card()
+    root = image_root(items_file, plan, folder)
+    write_card(folder, totals.card(_card_info(name, plan, summary)))
+    sheet.write(folder / "contact_sheet.html", root, title=name, names={item.id: item.name for item in parts.items})
+    for format_name in plan.formats:
+        form = FORMATS[format_name]
+        target = folder / "formats" / format_name / f"samples{form.suffix}"
+        form.write(target, stream_samples(folder / "samples.json"), root, absolute_images=True)
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _picture_rejects(plan: AugmentationPlan, parts: Parts) -> Sequence[Reject]:
+    """Why results of the searches gave no picture."""
+    if parts.search is None:
+        return []
+    owners = {query: item.id for item in parts.items for _, query in queries_of(item, parts.writer, plan)}
+    reports = parts.search.reports(dict.fromkeys(owners))
+    return [
+        Reject(owners.get(report.query, ""), "picture", report.reason, f"{report.query}: {report.url or 'the search'}")
+        for report in reports
+    ]
+
+
+def _card_info(name: str, plan: AugmentationPlan, summary: dict[str, Any]) -> CardInfo:
+    writer = summary["writer"]
+    models = {"writer": str(writer.get("model", writer["writer"]))}
+    clip = summary.get("clip", {})
+    if clip:
+        models["clip"] = f"{clip['model']} ({clip['weights']})" if clip["filtered"] else clip["note"]
+    paid = "model" in writer
+    cost = writer.get("cost")
+    return CardInfo(
+        name=name,
+        seed=plan.seed,
+        options=summary["options"],
+        models=models,
+        prompts=writer.get("prompts", {}),
+        costs=Costs(
+            requests=writer["requests"] if paid else 0,
+            prompt_tokens=writer["prompt_tokens"] if paid else 0,
+            completion_tokens=writer["completion_tokens"] if paid else 0,
+            money=(cost if isinstance(cost, int | float) else None) if paid else 0.0,
+        ),
+    )
