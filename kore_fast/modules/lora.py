@@ -30,6 +30,16 @@ class KoreLoraLinear(Linear):
         super().enable_adapters(enabled)
         self._keep_frozen()
 
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; what is frozen stays so."""
+        super().set_requires_grad(*args, **kwargs)
+        self._keep_frozen()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; another adapter under the name is not frozen."""
+        super().delete_adapter(adapter_name)
+        self.frozen_a -= {adapter_name}
+
     def _keep_frozen(self) -> None:
         for name in self.frozen_a & set(self.lora_A):
             self.lora_A[name].weight.requires_grad_(False)

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from kore_fast.modules import lora as module
+from kore_fast.modules.adapter import freeze_lora_a
 from kore_fast.modules.lora import KoreLoraLinear, use_kore_layers
 
 
@@ -146,6 +147,27 @@ def test_several_adapters_and_their_states(fused: list[int]) -> None:
     fused.clear()
     same(ours, theirs)
     assert not fused
+
+
+def test_what_is_frozen_stays_so_until_it_is_deleted() -> None:
+    ours, _ = pair()
+    layer = ours.base_model.model.one
+    freeze_lora_a(ours)
+    for switch in (
+        lambda: layer.set_adapter(["default"]),
+        lambda: layer.set_requires_grad("default", True),
+        lambda: (layer.enable_adapters(False), layer.enable_adapters(True)),
+    ):
+        switch()
+        assert not layer.lora_A["default"].weight.requires_grad
+        assert layer.lora_B["default"].weight.requires_grad
+    ours.add_adapter("other", use_kore_layers(LoraConfig(r=2, target_modules=["one", "two"])))
+    ours.set_adapter("other")
+    assert layer.lora_A["other"].weight.requires_grad
+    ours.delete_adapter("default")
+    ours.add_adapter("default", use_kore_layers(LoraConfig(r=2, target_modules=["one", "two"])))
+    ours.set_adapter("default")
+    assert layer.lora_A["default"].weight.requires_grad
 
 
 def test_disabled(fused: list[int]) -> None:
