@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from kore_fast.modules import lora as module
@@ -241,6 +241,34 @@ def test_hooks_on_the_base_are_called(fused: list[int]) -> None:
     ours(torch.randn(2, 16))
     assert seen == [1]
     assert len(fused) == 1
+
+
+def test_what_follows_may_change_the_output_in_place(fused: list[int]) -> None:
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model.base_model.model.act = nn.ReLU(inplace=True)
+    same(ours, theirs)
+    assert len(fused) == 2
+
+
+def test_another_method_s_layer_below_is_called(fused: list[int]) -> None:
+    outputs = []
+    for prepare in (use_kore_layers, lambda config: config):
+        torch.manual_seed(0)
+        model = get_peft_model(Net(), LoHaConfig(r=2, target_modules=["one"], init_weights=False), mixed=True)
+        config = prepare(LoraConfig(r=2, target_modules=["one"], init_lora_weights=False))
+        model.add_adapter("other", config)
+        model.set_adapter(["default", "other"])
+        freeze(model)
+        outputs.append(model(torch.ones(3, 16)))
+    torch.testing.assert_close(*outputs)
+    assert not fused
+
+
+def test_a_parameter_as_target_is_peft_s() -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["one.weight"])
+    model = get_peft_model(Net(), use_kore_layers(config))
+    assert type(model.base_model.model.one) is peft.tuners.lora.layer.ParamWrapper
 
 
 def test_the_saved_adapter_is_plain(tmp_path: Path) -> None:
