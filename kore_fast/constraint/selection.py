@@ -16,15 +16,15 @@ _INDEXED = re.compile(r"(.+)\.\d+\.(.+)")
 def decoder_linears(model: nn.Module) -> list[str]:
     """Names of all `nn.Linear` in the language decoder's layers, in the model's order.
 
-    The decoder is what the model's ``get_decoder()`` returns (transformers) or, without one, the model itself; its
-    layers are the longest `nn.ModuleList` directly in it.
+    The decoder is what the model's ``get_decoder()`` returns (transformers) or, without one, its ``base_model`` or the
+    model itself; its layers are the longest `nn.ModuleList` directly in it.
 
     Raises:
         ConstraintError: no list of layers with linears was found.
     """
-    decoder: object = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    if not isinstance(decoder, nn.Module):
-        decoder = model
+    found: object = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    # transformers 4.56 answers None for models of text alone.
+    decoder: nn.Module = found if isinstance(found, nn.Module) else getattr(model, "base_model", model)
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ConstraintError(

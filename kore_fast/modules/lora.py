@@ -32,6 +32,16 @@ class KoreLoraLinear(Linear):
         super().enable_adapters(enabled)
         self._keep_frozen()
 
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; what is frozen stays so."""
+        super().set_requires_grad(*args, **kwargs)
+        self._keep_frozen()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; another adapter under the name is not frozen."""
+        super().delete_adapter(adapter_name)
+        self.frozen_a -= {adapter_name}
+
     def _keep_frozen(self) -> None:
         for name in self.frozen_a & set(self.lora_A):
             self.lora_A[name].weight.requires_grad_(False)
@@ -65,11 +75,13 @@ class KoreLoraLinear(Linear):
         if len(active) != 1 or active[0] in getattr(self, "lora_variant", {}):
             return None
         (name,) = active
-        base, A, B = self.get_base_layer(), self.lora_A[name], self.lora_B[name]
+        # Not get_base_layer(): below it another method's layer may stand (mixed adapters), which PEFT's forward calls.
+        base, A, B = self.base_layer, self.lora_A[name], self.lora_B[name]
+        if type(base) is not nn.Linear:
+            return None
         W = base.weight
         plain = (
-            type(base) is nn.Linear
-            and not any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
+            not any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
             and type(A) is type(B) is nn.Linear
             and isinstance(self.lora_dropout[name], nn.Identity)
             and B.bias is None
@@ -93,6 +105,8 @@ def use_kore_layers(config: LoraConfig) -> LoraConfig:
 
 
 def _layer_for(target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module | None:
-    """PEFT asks also for subclasses (quantised layers): those are left to PEFT."""
+    """PEFT asks also for subclasses (quantised layers) and single parameters: those are left to PEFT."""
+    if kwargs.get("parameter_name") is not None:
+        return None
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     return KoreLoraLinear(target, adapter_name, **kwargs) if type(base) is nn.Linear else None

@@ -192,7 +192,8 @@ def _forward_many(
     _check(x, [w.detach() for w in W], [a.detach() for a in A], B, biases, scaling, dropout)
     rows = x.reshape(-1, x.shape[-1])
     ys, zs = _forward_backend(backend, x).forward(rows, W, A, B, biases, scaling, _kept(rows, dropout, seed))
-    return [part.view(*x.shape[:-1], part.shape[-1]) for part in (*ys, *zs)]
+    # As a linear layer's output: of a view autograd would refuse to change it in place.
+    return [torch.ops.aten._unsafe_view(part, [*x.shape[:-1], part.shape[-1]]) for part in (*ys, *zs)]
 
 
 @torch.library.impl(_library, "frozen_lora", "CompositeExplicitAutograd")

@@ -194,7 +194,9 @@ def test_qwen_with_its_biases_and_a_trained_a(tmp_path: Path) -> None:
         "eos_token_id": 2,
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-    base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    # As in Qwen's own configurations; transformers 4.56 has no default for it.
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vision_start_token_id=151652)
+    base = Qwen2_5_VLForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if name.endswith("bias"):

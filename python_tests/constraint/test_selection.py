@@ -33,6 +33,18 @@ def test_a_model_without_get_decoder() -> None:
     assert decoder_linears(model) == ["layers.0.0", "layers.1.0", "layers.2.0"]
 
 
+def test_a_language_model_whose_get_decoder_answers_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    )
+    wanted = [f"model.layers.{i}.{ending}" for i in range(2) for ending in ENDINGS]
+    assert decoder_linears(model) == wanted
+    monkeypatch.setattr(LlamaForCausalLM, "get_decoder", lambda self: None)
+    assert decoder_linears(model) == wanted
+
+
 def test_no_layers_to_find() -> None:
     with pytest.raises(ConstraintError, match="no list of decoder layers"):
         decoder_linears(nn.Linear(2, 2))

@@ -10,10 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from kore_fast.modules import lora as module
+from kore_fast.modules.adapter import freeze_lora_a
 from kore_fast.modules.lora import KoreLoraLinear, use_kore_layers
 
 
@@ -148,6 +149,27 @@ def test_several_adapters_and_their_states(fused: list[int]) -> None:
     assert not fused
 
 
+def test_what_is_frozen_stays_so_until_it_is_deleted() -> None:
+    ours, _ = pair()
+    layer = ours.base_model.model.one
+    freeze_lora_a(ours)
+    for switch in (
+        lambda: layer.set_adapter(["default"]),
+        lambda: layer.set_requires_grad("default", True),
+        lambda: (layer.enable_adapters(False), layer.enable_adapters(True)),
+    ):
+        switch()
+        assert not layer.lora_A["default"].weight.requires_grad
+        assert layer.lora_B["default"].weight.requires_grad
+    ours.add_adapter("other", use_kore_layers(LoraConfig(r=2, target_modules=["one", "two"])))
+    ours.set_adapter("other")
+    assert layer.lora_A["other"].weight.requires_grad
+    ours.delete_adapter("default")
+    ours.add_adapter("default", use_kore_layers(LoraConfig(r=2, target_modules=["one", "two"])))
+    ours.set_adapter("default")
+    assert layer.lora_A["default"].weight.requires_grad
+
+
 def test_disabled(fused: list[int]) -> None:
     ours, theirs = pair()
     with ours.disable_adapter(), theirs.disable_adapter():
@@ -219,6 +241,34 @@ def test_hooks_on_the_base_are_called(fused: list[int]) -> None:
     ours(torch.randn(2, 16))
     assert seen == [1]
     assert len(fused) == 1
+
+
+def test_what_follows_may_change_the_output_in_place(fused: list[int]) -> None:
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model.base_model.model.act = nn.ReLU(inplace=True)
+    same(ours, theirs)
+    assert len(fused) == 2
+
+
+def test_another_method_s_layer_below_is_called(fused: list[int]) -> None:
+    outputs = []
+    for prepare in (use_kore_layers, lambda config: config):
+        torch.manual_seed(0)
+        model = get_peft_model(Net(), LoHaConfig(r=2, target_modules=["one"], init_weights=False), mixed=True)
+        config = prepare(LoraConfig(r=2, target_modules=["one"], init_lora_weights=False))
+        model.add_adapter("other", config)
+        model.set_adapter(["default", "other"])
+        freeze(model)
+        outputs.append(model(torch.ones(3, 16)))
+    torch.testing.assert_close(*outputs)
+    assert not fused
+
+
+def test_a_parameter_as_target_is_peft_s() -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["one.weight"])
+    model = get_peft_model(Net(), use_kore_layers(config))
+    assert type(model.base_model.model.one) is peft.tuners.lora.layer.ParamWrapper
 
 
 def test_the_saved_adapter_is_plain(tmp_path: Path) -> None:
