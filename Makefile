@@ -28,8 +28,9 @@ quickstart: $(STAMP)
 quickstart-short: $(STAMP)
 	$(BIN)/kore-fast run recipes/quickstart/short.yaml
 
+# One process a core: most tests wait for others' work, or compute on one thread.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""

@@ -182,6 +182,8 @@ def layer_passes(
             lambda x: Lora.apply(x, 1.0, W, fused_A, fused_B)[0], x, dy, {"A": fused_A, "B": fused_B}
         ),
     }
+    if device.type == "cuda":
+        found |= {f"ours, {name}": ours(trained(B), backend=name) for name in ("native", "triton")}
     if dtype != torch.float32:
         found["ours, float32 B"] = ours(trained(B, torch.float32))
         found["PEFT's default, float32 adapter"] = peft(train_a=True, adapter=torch.float32)

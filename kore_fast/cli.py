@@ -424,6 +424,13 @@ def _env() -> int:
         for operation in ("covariance", "frozen_lora"):
             for backend, reason in describe(operation, torch.device(device)):
                 print(f"{operation:<13} {backend} on {device}: {reason or 'yes'}")
+    from kore_fast.ops.measured import choices_file, known_choices
+
+    for device in ["cpu", *(["cuda"] if devices else [])]:
+        known = known_choices(torch.device(device))
+        for kind, way in sorted(known.items()):
+            print(f"measured on {device}: {kind}: {way}")
+    print(f"choices       {choices_file()}: backends that were measured to be fastest; delete it to measure again")
     print("nullspace     truncated (block Krylov, with a proof of its leak) from width 768 on; below float64 eigh")
     print("              complement (of the largest, where rank is nearly width and only the span counts), likewise")
     return 0

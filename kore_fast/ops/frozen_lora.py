@@ -8,6 +8,7 @@ W and A never change, so that backward has no use for x: it needs z = x Aᵀ, of
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -386,7 +387,8 @@ def _backward_backend(
     preferred = _BACKWARD.get((device.type, dtype), ("reference", "native", "triton"))
     if backend != "auto" or tokens * sum(w.numel() for w in W) < _WORTH_MEASURING:
         return choose("frozen_lora", backend, device, preferred)
-    sizes = ", ".join(f"{w.shape[1]} → {w.shape[0]} r {len(a)}" for w, a in zip(W, A, strict=True))
+    layers = Counter(f"{w.shape[1]} → {w.shape[0]} r {len(a)}" for w, a in zip(W, A, strict=True))
+    sizes = ", ".join(size if count == 1 else f"{count} times {size}" for size, count in layers.items())
     asked = " and ".join(name for name, wanted in (("dx", dx), ("dB", dB), ("dropout", kept is not None)) if wanted)
     # Of token counts that are alike, one stands for all.
     about = 1 << round(math.log2(tokens))
