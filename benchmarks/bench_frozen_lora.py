@@ -111,7 +111,6 @@ def errors(passes: Mapping[str, Pass], exact: Pass, plain: Pass) -> dict[str, di
 
 def compiled(call: Callable[[torch.Tensor], torch.Tensor], like: Pass) -> Pass | str:
     """The pass with ``torch.compile``, compiled; or why it can't be."""
-    torch._dynamo.reset()
     made = Pass(torch.compile(call, dynamic=False), like.x, like.dy, like.trained)
     try:
         made.both()
@@ -197,6 +196,7 @@ def layer_passes(
     )
     why = None
     if compiling:
+        torch._dynamo.reset()
         like = peft(train_a=False)
         made = compiled(like.call, like)
         if isinstance(made, Pass):
@@ -278,6 +278,9 @@ BLOCKS = (
 )
 
 
+_ONE_INPUT = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+
+
 class Block(nn.Module):
     """A Llama decoder layer as a function of hidden states (rows, length, d) alone."""
 
@@ -315,8 +318,9 @@ def block_passes(
     float64, the adapters' share of the products, why `torch.compile` is not among them."""
     from peft import LoraConfig, get_peft_model
 
-    from kore_fast.modules.adapter import freeze_lora_a
+    from kore_fast.modules.adapter import freeze_lora_a, lora_layers
     from kore_fast.modules.lora import use_kore_layers
+    from kore_fast.modules.shared_input import share_inputs
 
     torch.manual_seed(0)
     base = Block(shape).to(device, dtype).eval().requires_grad_(False)
@@ -356,6 +360,8 @@ def block_passes(
             trained[f"B of {name}"] = layer.lora_B["default"].weight
         if not train_a:
             freeze_lora_a(model)
+        if ours:  # as get_kore_model does, which knows from the covariances what shares an input
+            share_inputs(lora_layers(model), [[name for name in linears if name.endswith(ends)] for ends in _ONE_INPUT])
         return block, trained
 
     made: dict[str, tuple[Block, dict[str, torch.Tensor]]] = {
@@ -376,13 +382,15 @@ def block_passes(
     exact_block, exact_trained = adapted(copy.deepcopy(base).double(), adapter=torch.float64)
     exact = Pass(exact_block, few_x.detach().double().requires_grad_(), few_dy.double(), exact_trained)
 
-    alone, trained = adapted(shared())
-    found = compiled(alone, Pass(alone, x, dy, trained))
+    torch._dynamo.reset()
     why = None
-    if isinstance(found, Pass):
-        passes[COMPILED] = found
-    else:
-        why = found
+    for name, ours in ((COMPILED, False), ("ours, torch.compile", True)):
+        alone, trained = adapted(shared(), ours=ours)
+        found = compiled(alone, Pass(alone, x, dy, trained))
+        if isinstance(found, Pass):
+            passes[name] = found
+        else:
+            why = found
     weights = sum(part.in_features * part.out_features for part in linears.values())
     share = sum(r * (part.in_features + part.out_features) for part in linears.values()) / weights
     return passes, few, exact, share, why
@@ -427,9 +435,10 @@ def bench_training_step(benchmark: BenchmarkFixture, compare: Any, device: torch
     from peft import LoraConfig, get_peft_model
 
     from kore_fast.constraint.selection import select_linears, target_pattern
-    from kore_fast.modules.adapter import freeze_lora_a
+    from kore_fast.modules.adapter import freeze_lora_a, lora_layers
     from kore_fast.modules.loading import load_model
     from kore_fast.modules.lora import use_kore_layers
+    from kore_fast.modules.shared_input import share_inputs
 
     rank, rows, length = 53, 4, 256
     ids = torch.randint(1000, 40000, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
@@ -442,6 +451,9 @@ def bench_training_step(benchmark: BenchmarkFixture, compare: Any, device: torch
         peft_model = get_peft_model(model, use_kore_layers(config) if ours else config)
         if ours:
             freeze_lora_a(peft_model)
+            layers = lora_layers(peft_model)
+            parents = sorted({name.rpartition(".")[0] for name in layers})
+            share_inputs(layers, [[f"{parent}.{end}" for end in ends] for parent in parents for ends in _ONE_INPUT])
         optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], weight_decay=0.0)
 
         def run() -> None:
