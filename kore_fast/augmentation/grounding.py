@@ -55,6 +55,10 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
 
+Case = tuple[str, str, str]
+"""What a judge is asked about: (text, question, answer)."""
+
+
 class Judge(Protocol):
     """Somebody, a language model mostly, who reads the text and decides."""
 
@@ -85,6 +89,8 @@ class Grounded:
 class Grounding:
     """Checks rounds against their items.
 
+    A judge that has to be prepared is prepared afterwards, with what `to_judge` names.
+
     Raises:
         DataError: options ask for a judge and there is none; the embedding's folder holds no model.
     """
@@ -104,15 +110,38 @@ class Grounding:
 
     def check_text(self, text: str, name: str, facts: Mapping[str, FactValue], question: str, answer: str) -> Verdict:
         """`check` for what is not an `Item`."""
+        verdict = self._own_verdict(text, name, facts, question, answer)
+        if self._judge is None or not self._is_to_judge(verdict):
+            return verdict
+        said = self._judge.supports(_evidence_text(text, name, facts), question, answer)
+        if self.options.judge == "doubtful" and said.supported:
+            return said
+        return _both(verdict, said)
+
+    def to_judge(self, item: Item, rounds: Iterable[Round]) -> list[Case]:
+        """The cases that `check` and `ground` will put before the judge: what the judge has to be prepared for.
+
+        The judge itself is not asked here.
+        """
+        if self.options.action == "off" or self.options.judge == "off":
+            return []
+        text = _evidence_text(item.text, item.name, item.facts)
+        return [
+            (text, one.question, one.answer)
+            for one in rounds
+            if self.options.judge == "all"
+            or self._is_to_judge(self._own_verdict(item.text, item.name, item.facts, one.question, one.answer))
+        ]
+
+    def _own_verdict(self, text: str, name: str, facts: Mapping[str, FactValue], question: str, answer: str) -> Verdict:
+        """What the checks and the embedding say."""
         verdict = check_answer(text, name, facts, question, answer, self.options)
         if self._embedding is not None:
             verdict = _both(verdict, self._likeness(text, name, facts, answer))
-        if self._judge is not None and (
-            self.options.judge == "all" or (self.options.judge == "doubtful" and not verdict.supported)
-        ):
-            said = self._judge.supports(_evidence_text(text, name, facts), question, answer)
-            verdict = said if self.options.judge == "doubtful" else _both(verdict, said)
         return verdict
+
+    def _is_to_judge(self, verdict: Verdict) -> bool:
+        return self.options.judge == "all" or (self.options.judge == "doubtful" and not verdict.supported)
 
     def ground(self, item: Item, rounds: Sequence[Round]) -> Grounded:
         """The rounds to keep, and what was found. A dialogue that loses its first round keeps the others."""

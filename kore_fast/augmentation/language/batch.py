@@ -10,22 +10,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kore_fast.augmentation.language.client import Connection, RequestFailedError, read_reply
-from kore_fast.data.items import Item
 from kore_fast.errors import LanguageModelError
 from kore_fast.files import read_json, write_json
 from kore_fast.progress import Progress
 
 if TYPE_CHECKING:
+    from kore_fast.augmentation.language.asking import Asker
     from kore_fast.augmentation.language.item_requests import Request
-    from kore_fast.augmentation.language.writer import LanguageModelWriter
+
+UnitT = TypeVar("UnitT")
 
 ENDPOINT = "/v1/chat/completions"
 _LONG = 3600.0
@@ -38,29 +41,38 @@ def state_path(cache: Path) -> Path:
     return cache.with_name(f"{cache.name}.batches.json")
 
 
-async def prepare_in_batches(writer: LanguageModelWriter, items: Sequence[Item], show: Progress) -> None:
+async def prepare_in_batches(asker: Asker[UnitT], units: Iterable[UnitT], show: Progress) -> None:
     """Ask the model by batches for all that the cache does not hold.
+
+    Units are gone through several times a round. What can be gone through again (a list, an object that reads a file
+    whenever it is) is not held in memory; an iterator is.
 
     Raises:
         LanguageModelError: the server refuses the key, the file or the batch, or does not answer.
     """
-    state = _State(state_path(writer.cache.path))
-    _take_delivered(writer, items)  # what a run that was killed had fetched
-    for item in items:
-        writer.totals.cached += len(writer.texts(item, read=False).entries)
-    if not state.batches and next(_missing(writer, items), None) is None:
-        writer.totals.items += len(items)
+    if isinstance(units, Iterator):
+        units = list(units)
+    asker.start()
+    state = _State(state_path(asker.cache.path))
+    _take_delivered(asker, units)  # what a run that was killed had fetched
+    count, complete = 0, True
+    for unit in units:
+        outstanding = asker.look(unit)()
+        asker.totals.cached += outstanding.found
+        complete = complete and not outstanding.missing
+        count += 1
+    if complete and not state.batches:
+        asker.totals.items += count
         return
-    async with Connection(writer.model, writer.totals) as connection:
-        writer.start()
+    async with Connection(asker.model, asker.totals) as connection:
         tries: Counter[str] = Counter()
-        while state.batches or await _hand_in(writer, items, connection, state):
+        while state.batches or await _hand_in(asker, units, connection, state):
             for entry in state.batches:
                 await _order(connection, state, entry)
             for entry in list(state.batches):
-                await _finish(writer, connection, state, entry, tries, show)
-            _take_delivered(writer, items)
-    writer.totals.items += len(items)
+                await _finish(asker, connection, state, entry, tries, show)
+            _take_delivered(asker, units)
+    asker.totals.items += count
 
 
 class _State:
@@ -78,18 +90,20 @@ class _State:
             self.path.unlink(missing_ok=True)
 
 
-def _missing(writer: LanguageModelWriter, items: Iterable[Item]) -> Iterator[Request]:
-    seen: set[str] = set()
-    for item in items:
-        for request in writer.texts(item, read=False).missing:
-            if request.key not in seen:
-                seen.add(request.key)
-                yield request
+def _missing(asker: Asker[UnitT], units: Iterable[UnitT]) -> Iterator[Request]:
+    """Each missing request once."""
+    # A base of SQLite's own that goes to the disk as it grows: keys are as many as requests.
+    with closing(sqlite3.connect("", isolation_level=None)) as seen:
+        seen.execute("create table seen (key blob primary key) without rowid")
+        for unit in units:
+            for request in asker.look(unit)().missing:
+                if seen.execute("insert or ignore into seen values (?)", (bytes.fromhex(request.key),)).rowcount:
+                    yield request
 
 
-async def _hand_in(writer: LanguageModelWriter, items: Sequence[Item], connection: Connection, state: _State) -> bool:
+async def _hand_in(asker: Asker[UnitT], units: Iterable[UnitT], connection: Connection, state: _State) -> bool:
     """Upload what is missing and order its batches; False when nothing is missing."""
-    for path, count in _files(writer, items, connection):
+    for path, count in _files(asker, units, connection):
         try:
             with open(path, "rb") as file:
                 uploaded = await _call(connection, partial(_upload, connection, file))
@@ -97,21 +111,21 @@ async def _hand_in(writer: LanguageModelWriter, items: Sequence[Item], connectio
             path.unlink(missing_ok=True)
         # Before the batch is ordered: a kill in between must not order it twice.
         state.write([*state.batches, {"file": uploaded.id, "batch": None, "requests": count}])
-        writer.totals.requests += count
+        asker.totals.requests += count
     return bool(state.batches)
 
 
-def _files(writer: LanguageModelWriter, items: Sequence[Item], connection: Connection) -> Iterator[tuple[Path, int]]:
+def _files(asker: Asker[UnitT], units: Iterable[UnitT], connection: Connection) -> Iterator[tuple[Path, int]]:
     """The missing requests as files of at most so many requests and bytes, made one at a time."""
-    options = writer.model
+    options = asker.model
     file, count, size = None, 0, 0
 
     def begun() -> Any:
         return tempfile.NamedTemporaryFile("wb", prefix="kore-fast-", suffix=".jsonl", delete=False)
 
     try:
-        for request in _missing(writer, items):
-            body = connection.body(writer.messages(request), request.form)
+        for request in _missing(asker, units):
+            body = connection.body(asker.messages(request), request.form)
             row = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": body}
             line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
             if file is not None and (count == options.batch_requests or size + len(line) > options.batch_bytes):
@@ -154,7 +168,7 @@ async def _order(connection: Connection, state: _State, entry: dict[str, Any]) -
 
 
 async def _finish(
-    writer: LanguageModelWriter,
+    asker: Asker[Any],
     connection: Connection,
     state: _State,
     entry: dict[str, Any],
@@ -163,7 +177,7 @@ async def _finish(
 ) -> None:
     """Wait for one batch and put its replies into the cache."""
     client = connection.client
-    ticks = show(range(entry["requests"]), entry["requests"], f"batch {entry['batch']}", note=writer.note)
+    ticks = show(range(entry["requests"]), entry["requests"], f"batch {entry['batch']}", note=asker.note)
     shown = 0
     next(ticks, None)
     while True:
@@ -175,10 +189,10 @@ async def _finish(
         shown = max(shown, done)
         if batch.status not in _RUNNING:
             break
-        await asyncio.sleep(writer.model.batch_poll)
+        await asyncio.sleep(asker.model.batch_poll)
     for file in (batch.output_file_id, batch.error_file_id):
         if file:
-            await _call(connection, partial(_download, writer, connection, file, tries))
+            await _call(connection, partial(_download, asker, connection, file, tries))
     state.write([one for one in state.batches if one is not entry])
     if batch.status in ("failed", "cancelled"):
         errors = batch.errors.data if batch.errors and batch.errors.data else []
@@ -191,23 +205,23 @@ async def _finish(
         )
 
 
-async def _download(writer: LanguageModelWriter, connection: Connection, file: str, tries: Counter[str]) -> None:
+async def _download(asker: Asker[Any], connection: Connection, file: str, tries: Counter[str]) -> None:
     """A batch's replies, line by line through a file on disk: they may be many."""
     with tempfile.TemporaryFile() as kept:
         async with connection.client.files.with_streaming_response.content(file, timeout=_LONG) as response:
             async for part in response.iter_bytes():
                 kept.write(part)
         kept.seek(0)
-        writer.cache.begin()
+        asker.cache.begin()
         try:
             for line in kept:
                 if line.strip():
-                    _deliver(writer, connection, line, tries)
+                    _deliver(asker, connection, line, tries)
         finally:
-            writer.cache.commit()
+            asker.cache.commit()
 
 
-def _deliver(writer: LanguageModelWriter, connection: Connection, line: bytes, tries: Counter[str]) -> None:
+def _deliver(asker: Asker[Any], connection: Connection, line: bytes, tries: Counter[str]) -> None:
     try:
         row = json.loads(connection.key.hidden_in(line.decode("utf-8")))
         key, response, error = row["custom_id"], row.get("response") or {}, row.get("error") or {}
@@ -219,32 +233,32 @@ def _deliver(writer: LanguageModelWriter, connection: Connection, line: bytes, t
     if status == 200:
         try:
             # Tokens of prompts are told by this API; a rough count would need the request.
-            writer.cache.deliver(key, read_reply(body, 0, writer.totals, writer.model.model))
+            asker.cache.deliver(key, read_reply(body, 0, asker.totals, asker.model.model))
         except RequestFailedError as failure:
-            _again(writer, key, str(failure), tries, final=False)
+            _again(asker, key, str(failure), tries, final=False)
         return
     inner = body.get("error") if isinstance(body, dict) else None
     said = (inner or error).get("message") if isinstance(inner or error, dict) else inner or error
     final = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 425, 429)
-    _again(writer, key, f"the server answers {status or 'nothing'}: {said or 'no reason given'}", tries, final=final)
+    _again(asker, key, f"the server answers {status or 'nothing'}: {said or 'no reason given'}", tries, final=final)
 
 
-def _again(writer: LanguageModelWriter, key: str, reason: str, tries: Counter[str], *, final: bool) -> None:
+def _again(asker: Asker[Any], key: str, reason: str, tries: Counter[str], *, final: bool) -> None:
     """Leave a request for the next round, or for the next run."""
     tries[key] += 1
-    if final or tries[key] >= writer.model.attempts:
-        writer.give_up(key, "batch", reason)
+    if final or tries[key] >= asker.model.attempts:
+        asker.give_up(key, "batch", reason)
     else:
-        writer.totals.retries += 1
+        asker.totals.retries += 1
 
 
-def _take_delivered(writer: LanguageModelWriter, items: Iterable[Item]) -> None:
-    for item in items:
-        # Answers delivered in the same round as their questions do not exist, so one look at an item is enough.
-        for request in writer.texts(item, read=False).missing:
-            reply = writer.cache.delivered(request.key)
+def _take_delivered(asker: Asker[UnitT], units: Iterable[UnitT]) -> None:
+    for unit in units:
+        # Answers delivered in the same round as their questions do not exist, so one look at a unit is enough.
+        for request in asker.look(unit)().missing:
+            reply = asker.cache.delivered(request.key)
             if reply is not None:
-                writer.take(request, reply)
+                asker.take(request, reply)
 
 
 async def _call(connection: Connection, call: Callable[[], Awaitable[Any]]) -> Any:

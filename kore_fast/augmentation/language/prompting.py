@@ -22,7 +22,8 @@ from kore_fast.data.items import Item
 from kore_fast.data.problems import describe_validation, raise_problems
 from kore_fast.errors import DataError
 
-TASKS = ("questions", "answer", "answers", "summary", "quadruplets", "spoken_quadruplets")
+WRITER_TASKS = ("questions", "answer", "answers", "summary", "quadruplets", "spoken_quadruplets")
+TASKS = (*WRITER_TASKS, "judge")
 _PLACES = {
     "questions": {"fence", "material", "count"},
     "answer": {"fence", "material", "question_fence", "question", "words"},
@@ -30,8 +31,9 @@ _PLACES = {
     "summary": {"fence", "material", "words"},
     "quadruplets": {"fence", "material", "count"},
     "spoken_quadruplets": {"fence", "material", "count"},
+    "judge": {"fence", "material", "question_fence", "question", "answer_fence", "answer"},
 }
-_QUOTED = {"material", "question"}
+_QUOTED = {"material", "question", "answer"}
 BYTES_PER_TOKEN = 4
 """A rough count that needs no tokenizer: right within a fifth or so for English, and for most scripts."""
 
@@ -55,7 +57,8 @@ class Prompt(BaseModel):
     def _quoted_apart(self) -> Prompt:
         for text in self.system:
             if _places(text)[0] & _QUOTED:
-                raise ValueError("'system' must not hold $material or $question: data belongs into the user's message")
+                data = ", ".join(f"${place}" for place in sorted(_QUOTED))
+                raise ValueError(f"'system' must not hold {data}: data belongs into the user's message")
         return self
 
     def chosen(self, seed: int, identity: str, task: str) -> Chosen:
@@ -199,11 +202,11 @@ class Material:
 
 def material(item: Item, max_tokens: int, include_facts: bool = True) -> Material:
     """Name, kind, text and facts of an item, quoted; a text of more than ``max_tokens`` ends at a whole sentence."""
-    text, cut = _bounded(item.text, max_tokens)
+    text, cut = bounded(item.text, max_tokens)
     lines = [f"name: {harmless(tidy(item.name))}", f"kind: {harmless(tidy(item.type))}", "", harmless(text)]
     if include_facts and item.facts:
         told = [f"- {key.replace('_', ' ')}: {_told(value)}" for key, value in sorted(item.facts.items())]
-        facts, facts_cut = _bounded("\n".join(told), max_tokens)
+        facts, facts_cut = bounded("\n".join(told), max_tokens)
         lines += ["", "facts:", harmless(facts)]
         cut = cut or facts_cut
     return Material(quote("material", "\n".join(lines)), cut)
@@ -213,7 +216,8 @@ def _told(value: object) -> str:
     return tidy(", ".join(value) if isinstance(value, list) else str(value))
 
 
-def _bounded(text: str, max_tokens: int) -> tuple[str, bool]:
+def bounded(text: str, max_tokens: int) -> tuple[str, bool]:
+    """A text of at most so many tokens, ended at a whole sentence, and whether anything was cut off."""
     limit = max_tokens * BYTES_PER_TOKEN
     # Characters are at least as many bytes: a long text is cut before it is encoded.
     data = text[:limit].encode("utf-8", "replace")

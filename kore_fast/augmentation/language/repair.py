@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from itertools import accumulate
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -16,8 +17,10 @@ from kore_fast.errors import LanguageModelError
 LONGEST = 100_000
 """Characters of an answer that is read."""
 LONGEST_REPAIRED = 20_000
-"""Characters of an answer that is repaired, which takes seconds where it is nothing but brackets; no form here needs
-half of it."""
+"""Characters of an answer that is repaired; no form here needs half of it."""
+DEEPEST = 16
+"""Brackets inside each other in an answer that is repaired, which takes up to 20 seconds where it is nothing but
+brackets; no form here has more than four."""
 
 FormT = TypeVar("FormT", bound=BaseModel)
 
@@ -32,7 +35,7 @@ def needed(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError:
         raise LanguageModelError(
-            f'the language-model writer needs the package {package}: pip install "kore-fast[augment]"'
+            f'asking a language model needs the package {package}: pip install "kore-fast[augment]"'
         ) from None
 
 
@@ -77,6 +80,8 @@ def _repaired(text: str, form: type[BaseModel], cut: bool) -> Any:
         return _prose(text, form, cut)
     text = text[start:]
     end, unfinished = _end(text)
+    if _depth(text[:end]) > DEEPEST:
+        raise UnusableError(f"expected JSON, found more than {DEEPEST} brackets inside each other")
     try:
         value = needed("json_repair").repair_json(text[:end], return_objects=True, skip_json_loads=False)
     except (ValueError, RecursionError):
@@ -109,6 +114,12 @@ def _end(text: str) -> tuple[int, bool]:
             if depth == 0:
                 return place + 1, False
     return len(text), depth > 1 or quoted or text.rstrip()[-1:] not in "]}\"'"
+
+
+def _depth(text: str) -> int:
+    """The most brackets that are open at once, those in strings too: where strings end is what repair has to guess."""
+    steps = (1 if mark in "{[" else -1 for mark in text if mark in "{[}]")
+    return max(accumulate(steps), default=0)
 
 
 def _without_last(value: Any, form: type[BaseModel]) -> Any:
@@ -144,7 +155,9 @@ def _prose(text: str, form: type[BaseModel], cut: bool) -> Any:
 
 
 def _without_thoughts(text: str) -> str:
-    return re.sub(r"<think(?:ing)?>.*?</think(?:ing)?>", "", text, flags=re.DOTALL).strip()
+    # Nothing is sought behind the last end: from each of many beginnings, that would be a walk to the text's end.
+    end = max(text.rfind("</think>"), text.rfind("</thinking>")) + len("</thinking>")
+    return (re.sub(r"<think(?:ing)?>.*?</think(?:ing)?>", "", text[:end], flags=re.DOTALL) + text[end:]).strip()
 
 
 def _only_field(form: type[BaseModel]) -> str | None:

@@ -10,7 +10,7 @@ import re
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from kore_fast.augmentation.prose import sentences, shorten, summarise
 from kore_fast.augmentation.wordings import plain
@@ -21,6 +21,7 @@ SHORT_ANSWER_WORDS = 10
 SUBJECT_WORDS = 12
 HYPERNYM_WORDS = 4
 SENTENCE_WORDS = 40
+REASON_WORDS = 60
 
 
 class Form(BaseModel):
@@ -93,6 +94,19 @@ class SpokenQuadruplets(Form):
     """Short questions about an item, with whole sentences for answers."""
 
     quadruplets: list[SpokenQuadruplet]
+
+
+class Judgement(Form):
+    """Whether a text supports an answer, and why, or why not."""
+
+    supported: bool
+    reason: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_reason(cls, value: Any) -> Any:
+        # The decision is what counts; it is not asked for again because there are no words to it.
+        return {**value, "reason": value.get("reason") or ""} if isinstance(value, dict) else value
 
 
 @cache
@@ -211,6 +225,11 @@ def usable_summary(form: Summary, words: int) -> str:
     if len(summary.split()) > words:
         summary = summarise(summary, words)
     return summary if summary.rstrip("\"'”’)")[-1:] in ".!?…" else f"{summary}."
+
+
+def usable_judgement(form: Judgement) -> Judgement:
+    """The decision, its reason on one line and of at most so many words. It goes into reports, never into a sample."""
+    return Judgement(supported=form.supported, reason=" ".join(tidy(form.reason).split()[:REASON_WORDS]))
 
 
 class VisualQuestion(BaseModel):

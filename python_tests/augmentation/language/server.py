@@ -15,19 +15,26 @@ from typing import Any
 
 
 def task_of(body: dict[str, Any]) -> str:
-    """Which of the writer's tasks a request is."""
+    """Which task a request is."""
     text = " ".join(message["content"] for message in body["messages"])
     for task in ("quadruplets", "questions", "answers", "summary", "answer"):
         if f'{{"{task}":' in text:
             return task
+    if '{"supported":' in text:
+        return "judge"
     raise AssertionError(text)
+
+
+def quoted(body: dict[str, Any], kind: str) -> str:
+    """What a request holds between the marks of its question, answer or material."""
+    match = re.search(rf"<({kind}-\w+)>\n(.*?)\n</\1>", body["messages"][1]["content"], re.DOTALL)
+    assert match
+    return match.group(2)
 
 
 def asked_question(body: dict[str, Any]) -> str:
     """The quoted question of an answer request."""
-    match = re.search(r"<(question-\w+)>\n(.*)\n</\1>", body["messages"][1]["content"])
-    assert match
-    return match.group(2)
+    return quoted(body, "question")
 
 
 def item_name(body: dict[str, Any]) -> str:
@@ -38,7 +45,11 @@ def item_name(body: dict[str, Any]) -> str:
 
 def good_answer(body: dict[str, Any]) -> str:
     """What a well-behaved model says; it depends on the request alone."""
-    name, task = item_name(body), task_of(body)
+    task = task_of(body)
+    if task == "judge":  # literal-minded: the answer stands in the text or it does not
+        holds = quoted(body, "answer") in quoted(body, "material")
+        return json.dumps({"supported": holds, "reason": "It is there." if holds else "The text has no such words."})
+    name = item_name(body)
     if task == "questions":
         return json.dumps({"questions": [f"What is fact {n} of {name}?" for n in range(1, 11)]})
     if task == "answer":

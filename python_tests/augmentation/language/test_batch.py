@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ pytest.importorskip("openai", reason='needs openai: pip install "kore-fast[augme
 pytest.importorskip("json_repair", reason='needs json-repair: pip install "kore-fast[augment]"')
 
 from kore_fast.augmentation.language import LanguageModelError, LanguageModelWriter, batch
+from kore_fast.data.items import Item
 from python_tests.augmentation.language.server import Reply, Script, Server, error, task_of
 from python_tests.augmentation.language.test_writer import PER_ITEM, items, options, texts, written
 
@@ -41,6 +44,55 @@ def test_two_rounds_give_the_same_texts_as_asking_one_by_one(tmp_path: Path) -> 
         again = LanguageModelWriter(options(other), tmp_path / "batch" / "requests.sqlite")
         assert again.prepare(items(4))["requests"] == 0
     assert writer_for(server, tmp_path / "batch").prepare(items(4))["cached"] == 4 * PER_ITEM
+
+
+class Held(Item):
+    """An item that can be counted while it is held."""
+
+    __hash__ = object.__hash__
+
+
+class Walked:
+    """Items that are made anew whenever they are gone through; counts how many are held at once."""
+
+    def __init__(self) -> None:
+        self.times = self.most_held = 0
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def __iter__(self) -> Iterator[Held]:
+        self.times += 1
+        for item in items(40):
+            held = Held.model_validate(item.model_dump())
+            self._held.add(held)
+            self.most_held = max(self.most_held, len(self._held))
+            yield held
+
+
+def test_items_that_can_be_read_again_are_not_held_and_a_stream_will_do(tmp_path: Path) -> None:
+    walked = Walked()
+    with Server() as server:
+        totals = writer_for(server, tmp_path / "again").prepare(walked)
+        assert (totals["items"], totals["answers"]) == (40, 40 * PER_ITEM)
+        assert walked.times > 2
+        assert walked.most_held <= 5
+        stream = (item for item in items(40))
+        assert writer_for(server, tmp_path / "stream").prepare(stream)["answers"] == 40 * PER_ITEM
+    assert len(server.requests) == 80 * PER_ITEM
+
+
+def test_the_same_request_of_two_items_is_ordered_once(tmp_path: Path) -> None:
+    twins = [items(1)[0].model_copy(update={"image": f"{n}.png"}) for n in range(5)]
+    with Server() as server:
+        assert writer_for(server, tmp_path).prepare(twins)["items"] == 5
+    assert len(server.requests) == PER_ITEM
+
+
+def test_what_failed_is_asked_again_by_the_same_writer(tmp_path: Path) -> None:
+    with Server(lambda body, times: error(400, "not now")) as server:
+        writer = writer_for(server, tmp_path)
+        assert writer.prepare(items(1))["failed"] == 3
+        server.script = lambda body, times: Reply()
+        assert writer.prepare(items(1))["answers"] == PER_ITEM
 
 
 def test_files_are_bounded(tmp_path: Path) -> None:

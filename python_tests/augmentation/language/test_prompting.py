@@ -31,6 +31,8 @@ def item(**changes: str) -> Item:
 def fill(task: str, seed: int, text: str) -> list[dict[str, str]]:
     shown, asked = material(item(text=text), 6000).quoted, quote("question", "Who?")
     words = {"count": "3", "words": "9", "question": asked.text, "question_fence": asked.fence}
+    said = quote("answer", "Gor.")
+    words |= {"answer": said.text, "answer_fence": said.fence}
     return (
         built_in_prompts()[task]
         .chosen(seed, "a", task)
@@ -105,6 +107,7 @@ def test_facts_are_shown_unless_told_otherwise() -> None:
         ("summary.yaml", "version: '1'\nsystem: [a]\nuser: ['$material $wrods']", r"unknown place \$wrods"),
         ("summary.yaml", "version: '1'\nsystem: [a]\nuser: ['no place']", r"has no \$material"),
         ("summary.yaml", "version: '1'\nsystem: ['$material']\nuser: ['$material']", "must not hold"),
+        ("judge.yaml", "version: '1'\nsystem: [a]\nuser: ['$material $question']", r"has no \$answer"),
         ("summary.yaml", "version: '1'\nsystem: [a]\nuser: ['$material for $ 5']", "write \\$\\$"),
         ("summary.yaml", "version: [", "not valid YAML"),
         ("summary.yaml", "just text", "expected the keys"),

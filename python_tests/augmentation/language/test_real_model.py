@@ -20,13 +20,19 @@ from pathlib import Path
 import pytest
 
 from kore_fast.augmentation import AugmentationOptions, augment
-from kore_fast.augmentation.language import LanguageModelOptions, LanguageModelWriter
+from kore_fast.augmentation.language import LanguageModelJudge, LanguageModelOptions, LanguageModelWriter
 from kore_fast.data.items import Item
 
 TEXTS = {
     "Elvish Archer": "Elvish archers guard the northern woods. They shoot farther than humans, and leave no tracks.",
     "Grey Lighthouse": "The lighthouse was built in 1871 by Ann Lee. It stands on a cliff and is 40 metres high.",
 }
+
+CASES = [
+    (TEXTS["Grey Lighthouse"], "When was the Grey Lighthouse built?", "It was built in 1871."),
+    (TEXTS["Grey Lighthouse"], "How high is the Grey Lighthouse?", "It is 90 metres high."),
+    (TEXTS["Elvish Archer"], "Where do elvish archers live?", "They live in a castle by the sea."),
+]
 
 
 def items() -> list[Item]:
@@ -63,10 +69,10 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
     save_model(Path(found.submodule_search_locations[0]), tmp_path / "model")
     name = str(tmp_path / "model")
     command = ["-m", "transformers.cli.transformers", "serve", name, "--port", str(port), "--device", "cpu"]
+    # One thread: on a busy machine, threads that wait for each other make so small a model several times slower.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "server.txt", "wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, *command], stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        )
+        server = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=environment)
     try:
         end = time.monotonic() + 300
         while True:
@@ -88,9 +94,15 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
         options = AugmentationOptions(dialogues=1, rounds=2, vqa=2)
         writer = LanguageModelWriter(given, tmp_path / "requests.sqlite", options=options)
         totals = writer.prepare(items())
+        judge = LanguageModelJudge(given, tmp_path / "requests.sqlite")
+        told = judge.prepare(CASES)
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:  # it waits for replies that nobody wants any more
+            server.kill()
+            server.wait()
     made = augment(items(), options, writer=writer)
     print(json.dumps({"totals": totals, "rejects": made.summary["rejects"], "summary": writer.summary()}, indent=1))
     for sample in made.samples:
@@ -104,5 +116,13 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
     there = {(sample.item, sample.branch) for sample in made.samples}
     assert not left_out & there
     assert len(left_out | there) == 2 * 4
+    verdicts = [judge.supports(*case) for case in CASES]
+    counted = judge.summary()
+    print(json.dumps({"totals": told, "verdicts": [vars(one) for one in verdicts], "summary": counted}, indent=1))
+    assert told["failed"] == 0
+    assert counted["cases"] == counted["supported"] + counted["unsupported"] + counted["not_judged"] == len(CASES)
+    assert counted["not_judged"] == counted["unusable"] == told["unusable"]
+    assert all(one.supported or one.reasons for one in verdicts)
     again = LanguageModelWriter(given, tmp_path / "requests.sqlite", options=options)
     assert again.prepare(items())["requests"] == 0
+    assert LanguageModelJudge(given, tmp_path / "requests.sqlite").prepare(CASES)["requests"] == 0

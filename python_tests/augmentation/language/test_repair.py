@@ -9,8 +9,16 @@ pytest.importorskip("json_repair", reason='needs json-repair: pip install "kore-
 
 import contextlib
 
-from kore_fast.augmentation.language.repair import read_answer
-from kore_fast.augmentation.language.schemas import Answer, Answers, Quadruplets, Questions, Summary, UnusableError
+from kore_fast.augmentation.language.repair import LONGEST, LONGEST_REPAIRED, read_answer
+from kore_fast.augmentation.language.schemas import (
+    Answer,
+    Answers,
+    Judgement,
+    Quadruplets,
+    Questions,
+    Summary,
+    UnusableError,
+)
 
 TWO = ["Who is it?", "Where is it?"]
 
@@ -75,7 +83,8 @@ def test_prose_will_do_for_one_text() -> None:
         ("x" * 200_000, Answer, "more than 100,000 characters"),
         ("[" * 90_000, Questions, "90,000 characters of something else"),
         ("[" * 9_000, Questions, "expected a JSON object"),
-        ('{"questions": ' + "[" * 9_000, Questions, "'questions'"),
+        ('["' * 10_000, Questions, "more than 16 brackets inside each other"),
+        ('{"questions": ' + "[" * 9_000, Questions, "more than 16 brackets inside each other"),
     ],
 )
 def test_what_cannot_be_read_is_said(content: str, form: type, said: str) -> None:
@@ -83,10 +92,52 @@ def test_what_cannot_be_read_is_said(content: str, form: type, said: str) -> Non
         read_answer(content, form)
 
 
-@pytest.mark.parametrize("piece", ['" ', "{", '{"questions": [', "\\", "```", '", "', "'a':", "<think>", "1. a?\n"])
+PIECES = ['" ', "{", "[", '["', "{'", "[{", "{[", '{"questions": [', "\\", "```", '", "', "'a':", "[]", "{},", "a?\n"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
 def test_no_answer_takes_long_to_read(piece: str) -> None:
     start = time.process_time()
-    for head in ("", '{"questions": ["a?", '):
+    for head in ("", '{"questions": ["a?", ', '{"questions": '):
         with contextlib.suppress(UnusableError):
-            read_answer((head + piece * 20_000)[:20_000], Questions)
-    assert time.process_time() - start < 40
+            read_answer((head + piece * LONGEST_REPAIRED)[:LONGEST_REPAIRED], Questions)
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("end", ["", "</think>", '</think>{"answer": "It is."}', "</thinking> It is. <think>"])
+def test_thoughts_without_end_take_no_longer(end: str) -> None:
+    start = time.process_time()
+    with contextlib.suppress(UnusableError):
+        read_answer("<think>" * ((LONGEST - len(end)) // 7) + end, Answer)
+    assert time.process_time() - start < 1
+
+
+def test_brackets_in_an_answer_do_no_harm() -> None:
+    text = "It is :[ and [[a]] and (b) and {c} [" + "[x] " * 40
+    assert read_answer(f"Here: {json.dumps({'answer': text})}", Answer).answer == text
+
+
+@pytest.mark.parametrize(
+    ("content", "decision"),
+    [
+        ('{"supported": true, "reason": "It says so."}', True),
+        ('```json\n{"supported": false, "reason": null}\n```', False),
+        ("<think>Is it? {no}</think> {supported: False}", False),
+        ('{"supported": "yes"}', True),
+        ('{"supported": false, "reason": "The text says th', False),
+        ('{"supported": "true or false", "reason": "one short sentence"}', None),
+        ('{"supported": maybe}', None),
+        ('{"supported": fal', None),
+        ('{"supported": tru', None),
+        ('{"supported": null, "reason": "unclear"}', None),
+        ('{"reason": "It says so."}', None),
+        ("It is supported.", None),
+        ("true", None),
+    ],
+)
+def test_a_decision_is_read_or_refused_and_never_guessed(content: str, decision: bool | None) -> None:
+    if decision is None:
+        with pytest.raises(UnusableError):
+            read_answer(content, Judgement, cut=True)
+    else:
+        assert read_answer(content, Judgement, cut=True).supported is decision
