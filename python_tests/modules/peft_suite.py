@@ -25,6 +25,7 @@ from kore_fast.modules.lora import KoreLoraLinear, use_kore_layers
 counts = {"built": 0, "fused": 0}
 results: dict[str, dict[str, Any]] = {}
 HUB = "needs the model hub"
+OF_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 OFFLINE = re.compile(
     r"offline mode|OfflineMode|LocalEntryNotFound|couldn't connect|Couldn't reach|Can't load .* for|Hub is not reach"
 )
@@ -115,11 +116,16 @@ def _freeze_a_when_made() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is parametrised with other methods' configurations only."""
+    """Leave out what is parametrised with other methods' configurations only; skip what is given a model of the hub."""
     only = json.loads(Path(config.option.only).read_text(encoding="utf-8")) if config.option.only else None
     wanted = [item for item in items if (item.nodeid in only if only is not None else _may_be_lora(item))]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
     items[:] = wanted
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        for value in callspec.params.values() if callspec else ():
+            if isinstance(value, str) and OF_THE_HUB.fullmatch(value):
+                item.add_marker(pytest.mark.skip(reason=f"{HUB}: {value}"))
 
 
 def _may_be_lora(item: pytest.Item) -> bool:

@@ -44,14 +44,20 @@ def run_scenarios(names: list[str], adapter: Path, out: Path) -> None:
     os._exit(0)  # threads of gloo that outlive their peers can abort while the interpreter ends
 
 
-def forget_accelerate() -> None:
-    """A process has one state of accelerate; the next scenario needs another."""
+def forget_accelerate(fsdp_config: dict[str, Any] | None = None) -> None:
+    """A process has one state of accelerate; the next Trainer needs another.
+
+    Older ones leave FSDP's version and the form of its state to accelerate's environment.
+    """
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
+    if fsdp_config is not None:
+        os.environ["FSDP_VERSION"] = str(fsdp_config["version"])
+        os.environ["FSDP_STATE_DICT_TYPE"] = fsdp_config["state_dict_type"]
 
 
 def allow_fsdp_on_cpus() -> None:
@@ -99,7 +105,7 @@ def trained_and_resumed(adapter: Path, out: Path, *, from_checkpoint: bool = Fal
     found: dict[str, Any] = {}
     checkpoint = out / "whole" / "checkpoint-2"
     for name, resumed in {"whole": None, "resumed": str(checkpoint)}.items():
-        forget_accelerate()
+        forget_accelerate(options.get("fsdp_config"))
         model = small.start(checkpoint if resumed and from_checkpoint else adapter)
         trainer = small.trainer(model, out / name, [kf.KoreCallback()], **options)
         trainer.train(resume_from_checkpoint=resumed)
@@ -126,7 +132,7 @@ def fsdp_recomputing(adapter: Path, out: Path) -> dict[str, Any]:
     """accelerate's sharded state has no layer that is recomputed: a model that is not the checkpoint's is refused."""
     options = fsdp_options(state_dict_type="SHARDED_STATE_DICT", activation_checkpointing=True)
     found = trained_and_resumed(adapter, out, from_checkpoint=True, **options)
-    forget_accelerate()
+    forget_accelerate(options["fsdp_config"])
     trainer = small.trainer(small.start(adapter), out / "whole", [], **options)
     trainer.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-4"))
     state = TrainerState(global_step=4)
@@ -160,8 +166,11 @@ def zero_config(stage: int) -> dict[str, Any]:
     }
 
 
-def fsdp_options(**config: Any) -> dict[str, Any]:
-    return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], **config}}
+def fsdp_options(state_dict_type: str = "FULL_STATE_DICT", **config: Any) -> dict[str, Any]:
+    """In words that every Trainer since 4.56 understands."""
+    config |= {"version": 2, "state_dict_type": state_dict_type}
+    config |= {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
 
 
 def loop(adapter: Path, out: Path) -> dict[str, Any]:
