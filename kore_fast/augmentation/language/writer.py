@@ -381,14 +381,14 @@ class LanguageModelWriter:
             return self.run_totals()
         total = len(items) if isinstance(items, Sequence) else None
         self.start()
-        async with _Lazy(self.model, self.totals) as connection:
+        async with LazyConnection(self.model, self.totals) as connection:
             waiting = iter(items)
             ticks = show(_count(), total, f"ask {self.model.model}", note=self.note)
             next(ticks, None)
 
             async def work() -> None:
                 for item in waiting:
-                    await self._fill(item, connection, flying)
+                    await self.fill(item, connection, flying)
                     self.totals.items += 1
                     next(ticks, None)
 
@@ -405,7 +405,8 @@ class LanguageModelWriter:
                     close()
         return self.run_totals()
 
-    async def _fill(self, item: Item, connection: _Lazy, flying: dict[str, asyncio.Task[None]]) -> None:
+    async def fill(self, item: Item, connection: LazyConnection, flying: dict[str, asyncio.Task[None]]) -> None:
+        """Ask for all that the cache does not hold of one item; ``flying`` holds the requests under way, by key."""
         asked = self.requests(item)
         first = True
         while True:
@@ -425,7 +426,7 @@ class LanguageModelWriter:
                 tasks.append(flying[request.key])
             await asyncio.gather(*tasks)
 
-    async def _ask(self, request: Request, connection: _Lazy) -> None:
+    async def _ask(self, request: Request, connection: LazyConnection) -> None:
         while True:
             refused = self.cache.refused(request.key)
             if refused is not None and refused.asks >= self.model.asks:
@@ -450,6 +451,15 @@ class LanguageModelWriter:
         self.totals.failed += 1
         self.totals.reasons[f"{task}: {_kind(reason)}"] += 1
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """What the server did not answer in this run, by the requests' keys."""
+        return dict(self._failed)
+
+    def fail(self, failures: dict[str, str]) -> None:
+        """Take over `failures` of another process."""
+        self._failed.update(failures)
+
     def run_totals(self) -> dict[str, Any]:
         """The totals of all preparing so far; plain JSON values."""
         return self.totals.as_dict(self._cost())
@@ -469,14 +479,14 @@ class LanguageModelWriter:
         return ", ".join([f"{totals.requests} requests", tokens, money(self._cost()), *trouble])
 
 
-class _Lazy:
+class LazyConnection:
     """A `Connection` made when it is first needed: where everything is in the cache, neither key nor openai is."""
 
     def __init__(self, options: LanguageModelOptions, totals: Totals) -> None:
         self._options, self._totals = options, totals
         self._connection: Connection | None = None
 
-    async def __aenter__(self) -> _Lazy:
+    async def __aenter__(self) -> LazyConnection:
         return self
 
     async def get(self) -> Connection:
