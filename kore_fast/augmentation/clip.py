@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -94,6 +95,16 @@ class Choice:
     dropped: tuple[Dropped, ...]
 
 
+@dataclass(frozen=True)
+class Unknown:
+    """One batch whose vectors are not in the cache."""
+
+    kind: Kind
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    """Paths of pictures, or texts."""
+
+
 class Clip:
     """Scores pictures against pictures and texts.
 
@@ -141,6 +152,45 @@ class Clip:
         for several in _batches(texts, self.options.batch_size):
             self._text_vectors(several)
         return problems
+
+    def unknown(self, pictures: Iterable[str | Path] = (), texts: Iterable[str] = ()) -> Iterator[Unknown]:
+        """The batches that `warm` would compute now, in its order, for another process to compute.
+
+        Pictures that cannot be read are passed over.
+        """
+        if self.options.unfiltered:
+            return
+        seen: set[str] = set()
+        for batch in _batches(map(Path, pictures), self.options.batch_size):
+            hashes = {}
+            for path in batch:
+                with suppress(DataError):
+                    hashes[path] = _hash(path)
+            known = seen | self._cache.read(self.weights, "picture", hashes.values()).keys()
+            if waiting := list(_waiting(hashes, known)):
+                seen.update(key for key, _ in waiting)
+                yield Unknown("picture", tuple(key for key, _ in waiting), tuple(str(path) for _, path in waiting))
+        seen = set()
+        for several in _batches(texts, self.options.batch_size):
+            keys = {_text_key(text): text for text in several}
+            known = seen | self._cache.read(self.weights, "text", keys).keys()
+            if new := {key: text for key, text in keys.items() if key not in known}:
+                seen.update(new)
+                yield Unknown("text", tuple(new), tuple(new.values()))
+
+    def compute(self, kind: Kind, contents: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Vectors of one batch by key, not kept: of texts, or of pictures' bytes; without what cannot be decoded."""
+        if kind == "text":
+            return dict(zip(contents, self._model().texts(list(contents.values())), strict=True))
+        decoded = {}
+        for key, data in contents.items():
+            with suppress(DataError):
+                decoded[key] = self._model().prepare(_decode(io.BytesIO(data)))
+        return dict(zip(decoded, self._model().pictures(list(decoded.values())), strict=True)) if decoded else {}
+
+    def adopt(self, kind: Kind, vectors: dict[str, np.ndarray]) -> None:
+        """Keep vectors that another process computed with the same `weights`; those that are there stay."""
+        self._cache.write(self.weights, kind, vectors)
 
     def closest(self, own: str | Path, candidates: Sequence[str | Path]) -> Choice:
         """Of the first ``options.of`` candidates, the ``options.keep`` most similar to ``own``, but not it itself.
@@ -204,7 +254,7 @@ class Clip:
         return {
             "filtered": True,
             "model": named if _weights_file(options) is None else options.model.partition(":")[0],
-            "weights": self._weights(),
+            "weights": self.weights,
             "keep": options.keep,
             "of": options.of,
             "identical": options.identical,
@@ -227,7 +277,9 @@ class Clip:
     def _same(self, one: np.ndarray, other: np.ndarray) -> bool:
         return _similarity(one, other) >= 1 - self.options.identical
 
-    def _weights(self) -> str:
+    @property
+    def weights(self) -> str:
+        """The name under which vectors are kept: model and weights, without a path."""
         if self._identity is None:
             self._identity = _identity(self.options, self._cache)
         return self._identity
@@ -264,10 +316,9 @@ class Clip:
         """Vectors by hash; and what cannot be decoded."""
         if not hashes:
             return {}, {}
-        vectors = self._cache.read(self._weights(), "picture", hashes.values())
+        vectors = self._cache.read(self.weights, "picture", hashes.values())
         broken: dict[Path, str] = {}
-        waiting = {key: path for path, key in reversed(hashes.items()) if key not in vectors}
-        for batch in _batches(reversed(waiting.items()), self.options.batch_size):
+        for batch in _batches(_waiting(hashes, vectors), self.options.batch_size):
             decoded = {}
             for key, path in batch:
                 try:
@@ -276,16 +327,16 @@ class Clip:
                     broken |= {other: str(error) for other, its in hashes.items() if its == key}
             if decoded:
                 rows = self._model().pictures(list(decoded.values()))
-                vectors |= self._cache.write(self._weights(), "picture", dict(zip(decoded, rows, strict=True)))
+                vectors |= self._cache.write(self.weights, "picture", dict(zip(decoded, rows, strict=True)))
         return vectors, broken
 
     def _text_vectors(self, texts: Sequence[str]) -> list[np.ndarray]:
-        keys = {text: hashlib.sha256(text.encode("utf-8")).hexdigest() for text in texts}
-        vectors = self._cache.read(self._weights(), "text", keys.values())
+        keys = {text: _text_key(text) for text in texts}
+        vectors = self._cache.read(self.weights, "text", keys.values())
         for batch in _batches((text for text in keys if keys[text] not in vectors), self.options.batch_size):
             rows = self._model().texts(batch)
             found = {keys[text]: row for text, row in zip(batch, rows, strict=True)}
-            vectors |= self._cache.write(self._weights(), "text", found)
+            vectors |= self._cache.write(self.weights, "text", found)
         return [vectors[keys[text]] for text in texts]
 
 
@@ -317,7 +368,17 @@ def _hash(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); put the picture there") from None
 
 
-def _decode(path: Path) -> Image.Image:
+def _text_key(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _waiting(hashes: dict[Path, str], known: Container[str]) -> Iterator[tuple[str, Path]]:
+    """What is not known yet, each picture once."""
+    waiting = {key: path for path, key in reversed(hashes.items()) if key not in known}
+    yield from reversed(waiting.items())
+
+
+def _decode(path: Path | io.BytesIO) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -338,7 +399,8 @@ class _Cache:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._base = sqlite3.connect(path, timeout=60)
+            # Used by one thread at a time, but not always by the one that opened it.
+            self._base = sqlite3.connect(path, timeout=60, check_same_thread=False)
             with self._base:
                 self._base.execute(
                     "CREATE TABLE IF NOT EXISTS vectors (weights TEXT, kind TEXT, key TEXT, vector BLOB NOT NULL, "

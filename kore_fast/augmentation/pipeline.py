@@ -20,6 +20,7 @@ from typing import Any
 from kore_fast.augmentation.augment import Assembly, Reject
 from kore_fast.augmentation.card import CardInfo, CardTotals, Costs, write_card
 from kore_fast.augmentation.clip import Clip
+from kore_fast.augmentation.cluster import Cluster
 from kore_fast.augmentation.contact_sheet import ContactSheet
 from kore_fast.augmentation.found_images import FoundImages, queries_of
 from kore_fast.augmentation.grounding import Grounding
@@ -134,22 +135,37 @@ def produce(
     """
     with ExitStack() as stack:
         parts = read_parts(items_file, plan, cache, stack)
+        # With templates and the items' own pictures there is nothing slow to hand out.
+        slow = parts.language_model is not None or parts.search is not None
+        cluster = stack.enter_context(Cluster(plan.ray)) if plan.ray is not None and slow else None
         if parts.language_model is not None:
-            parts.language_model.prepare(parts.items, show)
-        images = _images(items_file, plan, folder, parts, show)
+            if cluster is None:
+                parts.language_model.prepare(parts.items, show)
+            else:
+                cluster.ask(parts.language_model, parts.items, show)
+        images = _images(items_file, plan, folder, parts, cluster, show)
         grounding = None if plan.checks is None else Grounding(plan.checks)
         return _write(items_file, plan, folder, parts, images, grounding, name or items_file.parent.name)
 
 
-def _images(items_file: Path, plan: AugmentationPlan, folder: Path, parts: Parts, show: Progress) -> ImageSource:
+def _images(
+    items_file: Path, plan: AugmentationPlan, folder: Path, parts: Parts, cluster: Cluster | None, show: Progress
+) -> ImageSource:
     """Search, download and score; then the source that reads what is there."""
     if parts.search is None or parts.clip is None:
         return OwnImage()
     every = (query for item in parts.items for _, query in queries_of(item, parts.writer, plan))
-    asyncio.run(parts.search.prepare(every, show))
+    if cluster is None:
+        asyncio.run(parts.search.prepare(every, show))
+    else:
+        cluster.find(parts.search, every, show)
     found = FoundImages(parts.search, parts.clip, items_file.parent, folder / IMAGES)
     texts = (query for item in parts.items for branch, query in queries_of(item, parts.writer, plan) if branch == "vqa")
-    parts.clip.warm(found.pictures(parts.items, parts.writer, plan), texts)
+    pictures = found.pictures(parts.items, parts.writer, plan)
+    if cluster is None:
+        parts.clip.warm(pictures, texts)
+    else:
+        cluster.score(parts.clip, pictures, texts, show)
     return found
 
 

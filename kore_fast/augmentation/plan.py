@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kore_fast.augmentation.clip import ClipOptions
+from kore_fast.augmentation.cluster import RayOptions
 from kore_fast.augmentation.grounding import GroundingOptions
 from kore_fast.augmentation.images.options import ImageSearchOptions
 from kore_fast.augmentation.language.options import LanguageModelOptions
@@ -28,6 +29,8 @@ class AugmentationPlan(AugmentationOptions):
     """Chooses among found pictures. With ``image_search`` it is needed; ``{unfiltered: true}`` goes on without it."""
     grounding: GroundingOptions | None = None
     """Checks what was written against the item's text. Default: with a language model yes, else no."""
+    ray: RayOptions | None = None
+    """Requests, downloads and CLIP's vectors by workers of Ray, on one machine or many; the output is the same."""
     formats: tuple[FormatName, ...] = ()
     """Other formats to write the samples in, beside LLaVA's."""
     skip_bad_items: bool = False

@@ -360,7 +360,7 @@ def test_the_batch_makes_no_difference_beyond_rounding(tmp_path: Path, tiny_clip
         )
         with Clip(options, tmp_path / f"cache{size}") as judge:
             judge.warm(found)
-            kept = judge._cache.read(judge._weights(), "picture", map(sha256_file, found))
+            kept = judge._cache.read(judge.weights, "picture", map(sha256_file, found))
         vectors.append(np.stack([kept[sha256_file(path)] for path in found]))
     assert np.allclose(np.linalg.norm(vectors[0], axis=1), 1, atol=1e-6)
     for other in vectors[1:]:

@@ -74,7 +74,7 @@ class PictureSearch:
         waiting = iter(show(queries, total, label="images"))
         async with self.provider:
             with ThreadPoolExecutor(2, thread_name_prefix="decode") as decoders:
-                run = _Run(self, decoders)
+                run = QueryRun(self, decoders, Limits(self.options, self.provider))
 
                 async def work() -> None:
                     for query in waiting:
@@ -219,24 +219,31 @@ class PictureSearch:
         return None
 
 
-class _Run:
+class Limits:
+    """What all requests of one process to a provider share: their pace, and failures in a row."""
+
+    def __init__(self, options: ImageSearchOptions, provider: Provider) -> None:
+        rate = options.requests_per_minute or usual_rate(provider)
+        self.searches = Pace(options.concurrency, 60 / rate if isinstance(provider, WebProvider) else 0.0)
+        self.hosts: dict[str, Pace] = {}
+        self.in_a_row = 0
+
+
+class QueryRun:
     """One call of `PictureSearch.prepare`: what is under way, and what has failed in it."""
 
-    def __init__(self, owner: PictureSearch, decoders: ThreadPoolExecutor) -> None:
+    def __init__(self, owner: PictureSearch, decoders: ThreadPoolExecutor, limits: Limits) -> None:
         self.owner = owner
         self.options = owner.options
         self.store = owner.store
         self.provider = owner.provider
         self.decoders = decoders
         self.failed: set[str] = set()
-        self.in_a_row = 0
+        self.limits = limits
         self.locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self.hosts: dict[str, Pace] = {}
-        web = isinstance(owner.provider, WebProvider)
-        rate = self.options.requests_per_minute or _usual_rate(owner.provider)
-        self.searches = Pace(self.options.concurrency, 60 / rate if web else 0.0)
 
     async def prepare(self, query: str) -> None:
+        """Search for a query and download what it needs; see `PictureSearch.prepare`."""
         key = self.owner.search_key(query)
         async with self.alone(key):
             record = self.store.search(key)
@@ -256,20 +263,20 @@ class _Run:
     async def search(self, key: str, query: str) -> SearchRecord:
         count = self.options.results + self.options.spare
         try:
-            found = await self.patiently(lambda: self.provider.search(query, count), self.searches)
+            found = await self.patiently(lambda: self.provider.search(query, count), self.limits.searches)
         except Unavailable as error:
             self.failed.add(key)
             record = SearchRecord(provider=self.provider.name, query=query, failure=str(error))
             self.store.save_search(key, record)
-            self.in_a_row += 1
-            if self.in_a_row >= _IN_A_ROW:
+            self.limits.in_a_row += 1
+            if (failures := self.limits.in_a_row) >= _IN_A_ROW:
                 raise DataError(
-                    f"image search with {self.provider.name!r}: {self.in_a_row} searches in a row failed, the last, "
+                    f"image search with {self.provider.name!r}: {failures} searches in a row failed, the last, "
                     f"for {query!r}, because {error}; when the service answers again, give the same command again: "
                     "finished work is kept"
                 ) from None
             return record
-        self.in_a_row = 0
+        self.limits.in_a_row = 0
         allowed, dropped = self.allowed(found)
         record = SearchRecord(provider=self.provider.name, query=query, found=allowed, dropped=dropped)
         self.store.save_search(key, record)
@@ -293,7 +300,7 @@ class _Run:
             if not self.open(found):
                 return
             host = host_of(found.url) if isinstance(self.provider, WebProvider) else ""
-            pace = self.hosts.setdefault(host, Pace(self.options.per_host))
+            pace = self.limits.hosts.setdefault(host, Pace(self.options.per_host))
             try:
                 data = await self.patiently(lambda: self.provider.download(found), pace)
                 sha256 = await asyncio.get_running_loop().run_in_executor(self.decoders, self.keep, data, found, query)
@@ -354,7 +361,7 @@ def normal_query(query: str) -> str:
     return " ".join(query.encode("utf-8", "replace").decode("utf-8").split())
 
 
-def _usual_rate(provider: Provider) -> float:
+def usual_rate(provider: Provider) -> float:
     """Searches a minute where the options do not say: Openverse grants few without a token."""
     return 20.0 if provider.name == "openverse" and isinstance(provider, WebProvider) and not provider.key() else 60.0
 

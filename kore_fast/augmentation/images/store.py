@@ -130,32 +130,21 @@ class PictureStore:
         Raises:
             DataError: it is no usable picture (the reason), or cannot be written.
         """
-        image = decode_picture(data, max_pixels=max_pixels, min_side=min_side)
-        sha256 = hashlib.sha256(data).hexdigest()
-        known = self.picture(sha256)
+        picture = describe(data, found, provider=provider, query=query, max_pixels=max_pixels, min_side=min_side)
+        return self.put(data, picture)
+
+    def put(self, data: bytes, picture: Picture) -> Picture:
+        """Keep a file with its description; where it is there already, with the one that it has."""
+        known = self.picture(picture.sha256)
         if known is not None:
             return known
-        kind = image.format or ""
-        path = self._place("pictures", sha256, EXTENSIONS[kind])
-        picture = Picture(
-            file=path.relative_to(self.folder).as_posix(),
-            sha256=sha256,
-            perceptual=f"{perceptual_hash(image):064x}",
-            format="JPEG" if kind == "MPO" else kind,
-            bytes=len(data),
-            width=image.width,
-            height=image.height,
-            provider=provider,
-            query=query,
-            **origin(found),
-        )
-        self._write(path, data)
+        self._write(self.folder / picture.file, data)
         # Last: a picture that is described is there.
-        self._write(self._place("pictures", sha256, ".json"), _json(picture))
+        self._write(self._place("pictures", picture.sha256, ".json"), _json(picture))
         return picture
 
     def _place(self, room: str, key: str, suffix: str) -> Path:
-        return self.folder / room / key[:2] / f"{key}{suffix}"
+        return self.folder / _below(room, key, suffix)
 
     def _read(self, path: Path, kind: type[Record]) -> Record | None:
         try:
@@ -187,6 +176,33 @@ class PictureStore:
                     "folder, then give the same command again: finished work is kept"
                 ) from error
             raise
+
+
+def describe(data: bytes, found: Found, *, provider: str, query: str, max_pixels: int, min_side: int) -> Picture:
+    """Check a downloaded file and say what it is.
+
+    Raises:
+        DataError: it is no usable picture (the reason).
+    """
+    image = decode_picture(data, max_pixels=max_pixels, min_side=min_side)
+    sha256 = hashlib.sha256(data).hexdigest()
+    kind = image.format or ""
+    return Picture(
+        file=_below("pictures", sha256, EXTENSIONS[kind]),
+        sha256=sha256,
+        perceptual=f"{perceptual_hash(image):064x}",
+        format="JPEG" if kind == "MPO" else kind,
+        bytes=len(data),
+        width=image.width,
+        height=image.height,
+        provider=provider,
+        query=query,
+        **origin(found),
+    )
+
+
+def _below(room: str, key: str, suffix: str) -> str:
+    return f"{room}/{key[:2]}/{key}{suffix}"
 
 
 def origin(found: Found) -> dict[str, str | None]:

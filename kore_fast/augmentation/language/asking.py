@@ -183,14 +183,14 @@ class Asker(ABC, Generic[UnitT]):
             return self.run_totals()
         total = len(units) if isinstance(units, Sequence) else None
         self.start()
-        async with _Lazy(self.model, self.totals) as connection:
+        async with LazyConnection(self.model, self.totals) as connection:
             waiting = iter(units)
             ticks = show(_count(), total, f"{self.label} {self.model.model}", note=self.note)
             next(ticks, None)
 
             async def work() -> None:
                 for unit in waiting:
-                    await self._fill(unit, connection, flying)
+                    await self.fill(unit, connection, flying)
                     self.totals.items += 1
                     next(ticks, None)
 
@@ -207,7 +207,8 @@ class Asker(ABC, Generic[UnitT]):
                     close()
         return self.run_totals()
 
-    async def _fill(self, unit: UnitT, connection: _Lazy, flying: dict[str, asyncio.Task[None]]) -> None:
+    async def fill(self, unit: UnitT, connection: LazyConnection, flying: dict[str, asyncio.Task[None]]) -> None:
+        """Ask for all that the cache does not hold of one unit; ``flying`` holds the requests under way, by key."""
         look = self.look(unit)
         outstanding = look()
         self.totals.cached += outstanding.found
@@ -223,7 +224,7 @@ class Asker(ABC, Generic[UnitT]):
             await asyncio.gather(*tasks)
             outstanding = look()
 
-    async def _ask(self, request: Request, connection: _Lazy) -> None:
+    async def _ask(self, request: Request, connection: LazyConnection) -> None:
         while True:
             refused = self.cache.refused(request.key)
             if refused is not None and refused.asks >= self.model.asks:
@@ -247,6 +248,15 @@ class Asker(ABC, Generic[UnitT]):
         self.totals.failed += 1
         self.totals.reasons[f"{task}: {kind_of(reason)}"] += 1
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """What the server did not answer in this run, by the requests' keys."""
+        return dict(self._failed)
+
+    def fail(self, failures: dict[str, str]) -> None:
+        """Take over `failures` of another process."""
+        self._failed.update(failures)
+
     def run_totals(self) -> dict[str, Any]:
         """The totals of all preparing so far; plain JSON values."""
         return self.totals.as_dict(self._cost())
@@ -266,14 +276,14 @@ class Asker(ABC, Generic[UnitT]):
         return ", ".join([f"{totals.requests} requests", tokens, money(self._cost()), *trouble])
 
 
-class _Lazy:
+class LazyConnection:
     """A `Connection` made when it is first needed: where everything is in the cache, neither key nor openai is."""
 
     def __init__(self, options: LanguageModelOptions, totals: Totals) -> None:
         self._options, self._totals = options, totals
         self._connection: Connection | None = None
 
-    async def __aenter__(self) -> _Lazy:
+    async def __aenter__(self) -> LazyConnection:
         return self
 
     async def get(self) -> Connection:

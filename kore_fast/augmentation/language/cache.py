@@ -163,6 +163,33 @@ class RequestCache:
                 self._base.execute("rollback")
             raise
 
+    def row(self, key: str) -> dict[str, Any] | None:
+        """The answer to a request, or the last reply that could not be used, as `rows` gives it."""
+        return next(self._rows("where key = ?", (key,)), None)
+
+    def adopt(self, row: dict[str, Any]) -> None:
+        """Keep a `row` of another cache. An answer that is there stays; so does a refused reply of as many asks."""
+        key, problem = row["key"], row.get("problem")
+        values = [row[name] for name in ("key", "task", "prompt", "model", "answer", "finish")]
+        values += [row[name] for name in ("prompt_tokens", "completion_tokens", "asks")]
+        self._run("begin immediate")
+        try:
+            if self.answer(key) is None:
+                if problem is None:
+                    self._run("delete from refused where key = ?", (key,))
+                    self._run("insert into answers values (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+                else:
+                    before = self.refused(key)
+                    if before is None or before.asks < row["asks"]:
+                        self._run(
+                            "insert or replace into refused values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [*values, problem]
+                        )
+            self._run("commit")
+        except BaseException:
+            if self._base.in_transaction:
+                self._base.execute("rollback")
+            raise
+
     def discard(self, key: str) -> None:
         """Forget an answer that is no longer usable."""
         self._run("delete from answers where key = ?", (key,))
@@ -189,10 +216,14 @@ class RequestCache:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All entries in the order of their keys; ``problem`` is there for replies that could not be used."""
+        return self._rows("order by key", ())
+
+    def _rows(self, which: str, values: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         for table, more in (("answers", ""), ("refused", ", problem")):
             found = self._base.execute(
                 f"select key, task, prompt, answer, finish, model, prompt_tokens, completion_tokens, asks{more} "
-                f"from {table} order by key"
+                f"from {table} {which}",
+                values,
             )
             for key, task, prompt, *rest in found:
                 entry = asdict(Entry(*rest))

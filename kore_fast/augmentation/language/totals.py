@@ -34,6 +34,22 @@ class Totals:
     reasons: Counter[str] = field(default_factory=Counter)
     """Why requests had no usable answer, by task."""
 
+    def add(self, other: dict[str, Any]) -> None:
+        """Add the counts of another process, as `take` gave them."""
+        for key, value in other.items():
+            if key == "reasons":
+                self.reasons.update(value)
+            else:
+                setattr(self, key, getattr(self, key) + value)
+
+    def take(self) -> dict[str, Any]:
+        """All counts as plain JSON values, which are zero afterwards."""
+        taken: dict[str, Any] = {key: value for key, value in vars(self).items() if isinstance(value, int)}
+        taken["reasons"] = dict(self.reasons)
+        for key in taken:
+            setattr(self, key, Counter() if key == "reasons" else 0)
+        return taken
+
     def as_dict(self, cost: float | None) -> dict[str, Any]:
         """Plain JSON values; ``cost`` None is "unknown"."""
         counts = {key: value for key, value in vars(self).items() if isinstance(value, int)}
