@@ -257,12 +257,15 @@ def _evidence_text(text: str, name: str, facts: Mapping[str, FactValue]) -> str:
 _WHOLE_LETTERS = str.maketrans({"ø": "o", "Ø": "o", "ł": "l", "Ł": "l", "đ": "d", "Đ": "d", "æ": "ae", "Æ": "ae"})
 
 
+# Few words make up most of all texts, and each is folded dozens of times for one answer.
+@lru_cache(maxsize=1 << 16)
 def _fold(word: str) -> str:
     bare = "".join(c for c in unicodedata.normalize("NFKD", word) if not unicodedata.combining(c))
     bare = bare.translate(_WHOLE_LETTERS)
     return _STRIPPED.sub("", bare.casefold())
 
 
+@lru_cache(maxsize=1 << 16)
 def _stem(word: str) -> str:
     """A word without its usual endings; good enough to compare, not to read."""
     if len(word) > 4:
