@@ -462,6 +462,8 @@ _DEMONYM = ("ish", "ian", "ean", "an", "ese", "i", "er", "ic", "ch", "se")
 
 
 def _entities(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
+    if not said.spans:
+        return []
     reasons = []
     openers = {sentence.words[0] for sentence in said.sentences if sentence.words}
     initials = {"".join(w[0] for w in span).casefold() for span in told.spans if len(span) > 1}
@@ -563,8 +565,10 @@ def _quotations(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
     def bare(text: str) -> str:
         return " ".join(_fold(word) for word in re.findall(r"\w+(?:'\w+)*", text))
 
-    evidence = f" {bare(told.text)} {bare(asked.text)} "
     quoted = re.findall(r"[\"“„«]([^\"“”„«»]+)[\"”“»]", said.text)
+    if not quoted:
+        return []
+    evidence = f" {bare(told.text)} {bare(asked.text)} "
     return [
         f"quotation {quote!r}: not in the text word for word"
         for quote in quoted
