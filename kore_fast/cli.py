@@ -207,7 +207,7 @@ def _overrides(texts: Sequence[str]) -> dict[str, str]:
 
 def _augment(options: argparse.Namespace) -> int:
     """A recipe's stage, or an items file by itself."""
-    from kore_fast.augmentation.pipeline import describe_cost
+    from kore_fast.augmentation.pipeline import describe_cost, image_root
     from kore_fast.errors import RecipeError
     from kore_fast.recipe.runner import run_stages
     from kore_fast.recipe.schema import load_plan, load_recipe
@@ -232,12 +232,13 @@ def _augment(options: argparse.Namespace) -> int:
         print(describe_cost(items, plan.resolved(resolve), run / AUGMENT_CACHE))
         return 0
     run_stages(run, [augment_stage(items, plan, resolve, run, name)])
-    print(_told(run / "augment"))
+    print(_told(run / "augment", image_root(items, plan, run / "augment")))
     return 0
 
 
-def _told(folder: Path) -> str:
+def _told(folder: Path, root: Path) -> str:
     """What an augmentation came to, and where it is."""
+    from kore_fast.augmentation.pipeline import unanswered
     from kore_fast.files import read_json
 
     summary = read_json(folder / "summary.json")
@@ -249,7 +250,10 @@ def _told(folder: Path) -> str:
     if "cost" in writer:
         tokens = writer["prompt_tokens"] + writer["completion_tokens"]
         lines.append(f"{writer['model']}: {writer['requests']:,} requests, {tokens:,} tokens, cost {writer['cost']}")
-    lines += [f"Samples: {folder / 'samples.json'}", f"To look at: {folder / 'contact_sheet.html'}"]
+    if lacking := unanswered(summary):
+        lines.append(f"{lacking}: give the same command again to try once more")
+    lines += [f"Samples: {folder / 'samples.json'}", f"Their pictures: {root}"]
+    lines += [f"To look at: {folder / 'contact_sheet.html'}"]
     return "\n".join(lines)
 
 

@@ -30,6 +30,10 @@ Draft = tuple[Item, list[Round]]
 """The item whose picture is shown, and what is said."""
 
 
+UNSUPPORTED = "not supported by the item's text: "
+"""How the reason of what the grounding check takes out begins."""
+
+
 @dataclass(frozen=True)
 class Reject:
     """What was not written, or taken out again, and why."""
@@ -184,7 +188,7 @@ class Assembly:
             return rounds, None, ()
         found = self.grounding.ground(item, rounds)
         for finding in found.findings:
-            reason = f"not supported by the item's text: {finding.reasons[0] if finding.reasons else 'no reason told'}"
+            reason = f"{UNSUPPORTED}{finding.reasons[0] if finding.reasons else 'no reason told'}"
             if finding.dropped:
                 self.rejects.append(Reject(item.id, branch, reason, f"{finding.question} → {finding.answer}"))
         if not found.rounds:

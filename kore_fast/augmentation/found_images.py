@@ -6,6 +6,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from kore_fast.augmentation.clip import Choice, Clip
@@ -20,15 +22,30 @@ FOUND = "found_pictures"
 """The folder of found pictures in the samples' image folder."""
 
 
-def queries_of(item: Item, writer: Writer, options: AugmentationOptions) -> Iterator[tuple[str, str]]:
-    """What is searched for an item, as (branch, query): its name for recognition and caption, and what VQA asks for."""
-    yield from ((branch, item.name) for branch in ("recognition", "caption") if branch in options.branches)
+@dataclass(frozen=True)
+class Wanted:
+    """What is searched for an item."""
+
+    item: Item
+    name: str
+    """For recognition and caption; empty where neither is written."""
+    texts: tuple[str, ...]
+    """For VQA, each once."""
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Everything, the name first."""
+        return (self.name, *self.texts) if self.name else self.texts
+
+
+def wanted_of(item: Item, writer: Writer, options: AugmentationOptions) -> Wanted:
+    """What is searched for an item: its name for recognition and caption, and what VQA asks for."""
+    name = item.name if {"recognition", "caption"} & set(options.branches) else ""
+    texts: list[str] = []
     if "vqa" in options.branches:
-        try:
-            rounds = writer.vqa(item)
-        except CannotWriteError:
-            return
-        yield from (("vqa", one.search) for one in rounds if one.search)
+        with suppress(CannotWriteError):
+            texts = [one.search for one in writer.vqa(item) if one.search]
+    return Wanted(item, name, tuple(dict.fromkeys(texts)))
 
 
 class FoundImages:
@@ -65,15 +82,17 @@ class FoundImages:
             self.counts[f"{branch}: the item's own, as none was found"] += 1
         else:
             self.counts[f"{branch}: the item's own"] += 1
-        return self._placed(own, item.image), PictureSource(source=item.source, licence=item.licence)
+        # Below the folder by its true path: "images/../a.png" would be another place there.
+        name = own.relative_to(self.items_folder.resolve()).as_posix()
+        return self._placed(own, name), PictureSource(source=item.source, licence=item.licence)
 
-    def pictures(self, items: Iterable[Item], writer: Writer, options: AugmentationOptions) -> Iterator[Path]:
+    def pictures(self, wanted: Iterable[Wanted]) -> Iterator[Path]:
         """Every picture that `find` will want scored, item by item."""
-        for item in items:
-            own = inside(self.items_folder, item.image)
-            for branch, query in queries_of(item, writer, options):
-                if branch != "vqa":
-                    yield own
+        for one in wanted:
+            own = inside(self.items_folder, one.item.image)
+            if one.name:
+                yield own
+            for query in one.queries:
                 for picture in self.search.candidates(query, own=own):
                     yield self.search.path(picture)
 

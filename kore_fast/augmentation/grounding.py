@@ -286,12 +286,15 @@ def _evidence_text(text: str, name: str, facts: Mapping[str, FactValue]) -> str:
 _WHOLE_LETTERS = str.maketrans({"ø": "o", "Ø": "o", "ł": "l", "Ł": "l", "đ": "d", "Đ": "d", "æ": "ae", "Æ": "ae"})
 
 
+# Few words make up most of all texts, and each is folded dozens of times for one answer.
+@lru_cache(maxsize=1 << 16)
 def _fold(word: str) -> str:
     bare = "".join(c for c in unicodedata.normalize("NFKD", word) if not unicodedata.combining(c))
     bare = bare.translate(_WHOLE_LETTERS)
     return _STRIPPED.sub("", bare.casefold())
 
 
+@lru_cache(maxsize=1 << 16)
 def _stem(word: str) -> str:
     """A word without its usual endings; good enough to compare, not to read."""
     if len(word) > 4:
@@ -488,6 +491,8 @@ _DEMONYM = ("ish", "ian", "ean", "an", "ese", "i", "er", "ic", "ch", "se")
 
 
 def _entities(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
+    if not said.spans:
+        return []
     reasons = []
     openers = {sentence.words[0] for sentence in said.sentences if sentence.words}
     initials = {"".join(w[0] for w in span).casefold() for span in told.spans if len(span) > 1}
@@ -589,8 +594,10 @@ def _quotations(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
     def bare(text: str) -> str:
         return " ".join(_fold(word) for word in re.findall(r"\w+(?:'\w+)*", text))
 
-    evidence = f" {bare(told.text)} {bare(asked.text)} "
     quoted = re.findall(r"[\"“„«]([^\"“”„«»]+)[\"”“»]", said.text)
+    if not quoted:
+        return []
+    evidence = f" {bare(told.text)} {bare(asked.text)} "
     return [
         f"quotation {quote!r}: not in the text word for word"
         for quote in quoted

@@ -11,20 +11,22 @@ twice; the pass that follows reads caches only and writes the same bytes each ti
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kore_fast.augmentation.augment import Assembly, Reject
+from kore_fast.augmentation.augment import UNSUPPORTED, Assembly, Reject
 from kore_fast.augmentation.card import CardInfo, CardTotals, Costs, write_card
 from kore_fast.augmentation.clip import Clip
 from kore_fast.augmentation.cluster import Cluster
 from kore_fast.augmentation.contact_sheet import ContactSheet
-from kore_fast.augmentation.found_images import FoundImages, queries_of
+from kore_fast.augmentation.found_images import FoundImages, Wanted, wanted_of
 from kore_fast.augmentation.grounding import Grounding
-from kore_fast.augmentation.images import PictureSearch
+from kore_fast.augmentation.images import PictureSearch, Report
+from kore_fast.augmentation.images.search import normal_query
 from kore_fast.augmentation.language import LanguageModelWriter
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.augmentation.provenance import TEMPLATES
@@ -103,7 +105,7 @@ def describe_cost(items_file: Path, plan: AugmentationPlan, cache: Path) -> str:
         else:
             lines.append(f"{parts.language_model.model.model}: {parts.language_model.estimate(parts.items).describe()}")
         if parts.search is not None:
-            wanted = {query for item in parts.items for _, query in queries_of(item, parts.writer, plan)}
+            wanted = {query for one in _wanted(plan, parts) for query in one.queries}
             known = sum(parts.search.known(query) for query in wanted)
             more = "" if parts.language_model is None else ", and those of VQA once it is written"
             lines.append(f"{parts.search.provider.name}: {len(wanted) - known:,} searches, {known:,} known{more}")
@@ -143,25 +145,48 @@ def produce(
                 parts.language_model.prepare(parts.items, show)
             else:
                 cluster.ask(parts.language_model, parts.items, show)
-        images = _images(items_file, plan, folder, parts, cluster, show)
+        # Kept, as a language model's questions are not read from the cache again for each use.
+        wanted = [] if parts.search is None else list(_wanted(plan, parts))
+        images = _images(items_file, folder, parts, wanted, cluster, show)
         grounding = None if plan.checks is None else Grounding(plan.checks)
-        return _write(items_file, plan, folder, parts, images, grounding, name or items_file.parent.name)
+        return _write(items_file, plan, folder, parts, images, grounding, wanted, name or items_file.parent.name)
+
+
+def unanswered(summary: dict[str, Any]) -> str:
+    """What a run lacks because a server did not answer, in words; empty where nothing is lacking.
+
+    Args:
+        summary: what `produce` returned.
+    """
+    lacking = [
+        (summary["writer"].get("not_answered", 0), "request"),
+        (summary.get("pictures_to_try_again", 0), "search or download"),
+    ]
+    said = []
+    for count, what in lacking:
+        if count:
+            plural = {"request": "requests", "search or download": "searches and downloads"}[what]
+            said.append(f"{count:,} {what} was not answered" if count == 1 else f"{count:,} {plural} were not answered")
+    return ", ".join(said)
+
+
+def _wanted(plan: AugmentationPlan, parts: Parts) -> Iterator[Wanted]:
+    return (wanted_of(item, parts.writer, plan) for item in parts.items)
 
 
 def _images(
-    items_file: Path, plan: AugmentationPlan, folder: Path, parts: Parts, cluster: Cluster | None, show: Progress
+    items_file: Path, folder: Path, parts: Parts, wanted: Sequence[Wanted], cluster: Cluster | None, show: Progress
 ) -> ImageSource:
     """Search, download and score; then the source that reads what is there."""
     if parts.search is None or parts.clip is None:
         return OwnImage()
-    every = (query for item in parts.items for _, query in queries_of(item, parts.writer, plan))
+    every = dict.fromkeys(query for one in wanted for query in one.queries)
     if cluster is None:
-        asyncio.run(parts.search.prepare(every, show))
+        asyncio.run(parts.search.prepare(every, show, len(every)))
     else:
         cluster.find(parts.search, every, show)
     found = FoundImages(parts.search, parts.clip, items_file.parent, folder / IMAGES)
-    texts = (query for item in parts.items for branch, query in queries_of(item, parts.writer, plan) if branch == "vqa")
-    pictures = found.pictures(parts.items, parts.writer, plan)
+    pictures, texts = found.pictures(wanted), (text for one in wanted for text in one.texts)
     if cluster is None:
         parts.clip.warm(pictures, texts)
     else:
@@ -176,6 +201,7 @@ def _write(
     parts: Parts,
     images: ImageSource,
     grounding: Grounding | None,
+    wanted: Sequence[Wanted],
     name: str,
 ) -> dict[str, Any]:
     model = parts.language_model
@@ -195,22 +221,30 @@ def _write(
 
     def samples() -> Iterator[Sample]:
         for sample, provenance in assembly.samples():
-            totals.add_sample(sample, provenance)
+            # The card counts; what exactly is doubted stands on the sheet.
+            flags = {kind_of(UNSUPPORTED + flag) for flag in provenance.flags}
+            totals.add_sample(sample, replace(provenance, flags=tuple(sorted(flags))))
             sheet.add(sample, provenance)
             yield sample
 
     write_samples(folder / "samples.json", samples())
     write_samples(folder / "knowledge.json", assembly.knowledge())
     write_questions(folder / "questions.jsonl", assembly.questions())
-    rejects = [*(Reject("", "item", problem) for problem in parts.bad_items), *assembly.rejects]
-    rejects += _picture_rejects(plan, parts)
+    rejects = [*(_item_reject(problem) for problem in parts.bad_items), *assembly.rejects]
+    reports = _reports(parts, wanted)
+    rejects += (
+        Reject(owner, "picture", report.reason, f"{report.query}: {report.url or 'the search'}")
+        for owner, report in reports
+    )
     write_jsonl(folder / REJECTS, (reject.as_dict() for reject in rejects))
     for reject in rejects:
-        totals.add_reject(reject.reason, item=reject.item, branch=reject.branch, example=reject.example)
+        detail = f"{reject.reason}: {reject.example}" if reject.example else reject.reason
+        totals.add_reject(kind_of(reject.reason), item=reject.item, branch=reject.branch, example=detail)
     summary = assembly.summary()
     summary["writer"] = {"writer": TEMPLATES} if model is None else model.summary()
     if isinstance(images, FoundImages) and parts.clip is not None:
         summary["pictures"] = dict(sorted(images.counts.items()))
+        summary["pictures_to_try_again"] = sum(report.again for _, report in reports)
         summary["clip"] = parts.clip.card()
     root = image_root(items_file, plan, folder)
     write_card(folder, totals.card(_card_info(name, plan, summary)))
@@ -218,21 +252,37 @@ def _write(
     for format_name in plan.formats:
         form = FORMATS[format_name]
         target = folder / "formats" / format_name / f"samples{form.suffix}"
-        form.write(target, stream_samples(folder / "samples.json"), root, absolute_images=True)
+        form.write(target, stream_samples(folder / "samples.json"), root, absolute_images=not form.holds_pictures)
     write_json(folder / "summary.json", summary)
     return summary
 
 
-def _picture_rejects(plan: AugmentationPlan, parts: Parts) -> Sequence[Reject]:
-    """Why results of the searches gave no picture."""
+def kind_of(reason: str) -> str:
+    """A reason without what differs from case to case, so that a card counts like ones together."""
+    reason = re.sub(r"^(?:line|record) \d+(?:, (?:item|id) (?:'(?:[^'\\]|\\.)*'|\"[^\"]*\"))?: ", "", reason)
+    if reason.startswith(UNSUPPORTED):
+        what = re.split("['\":]", reason.removeprefix(UNSUPPORTED), maxsplit=1)[0].strip()
+        return f"{UNSUPPORTED}{what or 'a sentence'}"[:120]
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"", "…", reason.partition("; ")[0])
+    reason = re.sub(r"\b[\w-]+(?:\.[\w-]+)+(?::\d+)?|\[[0-9a-f:]+\]|\d[\d,.]*", "…", reason)
+    return reason[:120]
+
+
+def _item_reject(problem: str) -> Reject:
+    """The report on an item that was left out; what tells its id says so first."""
+    named = re.match(r"[^:]*?\b(?:item|id) '((?:[^'\\]|\\.)*)'", problem)
+    return Reject(named.group(1) if named else "", "item", problem)
+
+
+def _reports(parts: Parts, wanted: Sequence[Wanted]) -> list[tuple[str, Report]]:
+    """Why results of the searches gave no picture, each with the first item that searched for it."""
     if parts.search is None:
         return []
-    owners = {query: item.id for item in parts.items for _, query in queries_of(item, parts.writer, plan)}
-    reports = parts.search.reports(dict.fromkeys(owners))
-    return [
-        Reject(owners.get(report.query, ""), "picture", report.reason, f"{report.query}: {report.url or 'the search'}")
-        for report in reports
-    ]
+    owners: dict[str, str] = {}
+    for one in wanted:
+        for query in one.queries:
+            owners.setdefault(normal_query(query), one.item.id)
+    return [(owners[report.query], report) for report in parts.search.reports(owners)]
 
 
 def _card_info(name: str, plan: AugmentationPlan, summary: dict[str, Any]) -> CardInfo:

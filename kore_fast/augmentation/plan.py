@@ -51,6 +51,17 @@ class AugmentationPlan(AugmentationOptions):
         """The grounding check in force."""
         return self.grounding or (GroundingOptions() if self.language_model is not None else None)
 
+    def files(self) -> list[Path]:
+        """Files and folders, of a resolved plan, on whose content the samples depend."""
+        given = [
+            self.language_model and self.language_model.prompts,
+            self.image_search and self.image_search.folder,
+            self.clip and not self.clip.unfiltered and self.clip.pretrained,
+            self.grounding and self.grounding.embedding,
+        ]
+        paths = [Path(path) for path in given if path]
+        return [path for path in paths if path.is_absolute() and path.exists()]
+
     def resolved(self, resolve: Callable[[str | Path], Path]) -> AugmentationPlan:
         """With its paths made absolute by ``resolve``; a name that is no path there stays one."""
 

@@ -48,6 +48,8 @@ class Stage:
     """Rough cost on two cores, for the time left."""
     produces: Sequence[str] = field(default=())
     """Files (relative to its folder) that must be there when it is done."""
+    open_ends: Callable[[Path], str] | None = None
+    """What a finished stage would try again in its folder, though nothing has changed: in words, or empty."""
 
     @property
     def kind(self) -> str:
@@ -86,7 +88,10 @@ def _begin(run: Path, stage: Stage, head: str, clock: RunClock) -> str | None:
         clock.skip(stage.name)
         changed = [name for name, digest in state["files"].items() if _digest(folder / name) != digest]
         missing = [name for name in changed if not (folder / name).exists()]
-        if not missing:
+        unanswered = stage.open_ends(folder) if stage.open_ends is not None and not missing else ""
+        if unanswered:
+            _say(f"{head}: again, as {unanswered}")
+        elif not missing:
             note = f", {changed[0]} was replaced by hand: kept" if changed else ""
             _say(f"{head}: nothing changed{note}")
             return None

@@ -69,14 +69,18 @@ def augment_stage(
     items: Path, plan: AugmentationPlan, resolve: Callable[[str | Path], Path], run: Path, name: str
 ) -> Stage:
     """Items → samples; needs neither a model nor the rest of a recipe."""
-    beside = [items.parent / "wordings.yaml", items.with_name(f"{items.stem}.names.json")]
+    there = plan.resolved(resolve)
+    beside = [items.parent / "wordings.yaml", items.with_name(f"{items.stem}.names.json"), *there.files()]
+    # Found pictures are held against the items' own, which are put beside them.
+    pictures = [] if plan.image_search is None else _pictures_of(items)
     return Stage(
         "augment",
         options={"augmentation": plan.model_dump(mode="json"), "name": name},
-        inputs=[items, *(file for file in beside if file.exists())],
-        work=lambda folder, progress: work.augment(items, plan.resolved(resolve), run, folder, progress, name),
+        inputs=[items, *(file for file in beside if file.exists()), *pictures],
+        work=lambda folder, progress: work.augment(items, there, run, folder, progress, name),
         produces=("samples.json", "knowledge.json", "questions.jsonl", "summary.json", "card.json"),
         seconds=3 if plan.language_model is None else 600,
+        open_ends=work.unanswered,
     )
 
 
@@ -155,7 +159,7 @@ def _pictures_of(items: Path) -> list[Path]:
         return []
     paths = []
     for image in sorted({item.image for item in found}):
-        with suppress(DataError, OSError, ValueError):
+        with suppress(DataError, OSError, RuntimeError, ValueError):  # a circle of links, a null byte
             paths += [path for path in (inside(items.parent, image),) if path.is_file()]
     return paths
 

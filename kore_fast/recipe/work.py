@@ -39,6 +39,13 @@ def augment(items: Path, plan: AugmentationPlan, run: Path, folder: Path, progre
     produce(items, plan, folder, run / AUGMENT_CACHE, name=name, show=progress)
 
 
+def unanswered(folder: Path) -> str:
+    """What a finished augmentation lacks because a server did not answer; empty where nothing is lacking."""
+    from kore_fast.augmentation.pipeline import unanswered
+
+    return unanswered(read_json(folder / "summary.json"))
+
+
 def image_root(recipe: Recipe, run: Path) -> Path:
     """The folder that the pictures of a recipe's samples are below."""
     from kore_fast.augmentation.pipeline import image_root

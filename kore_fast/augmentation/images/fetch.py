@@ -61,8 +61,10 @@ class Answer:
             raise Unavailable(f"{host} answered {self.status}", wait=retry_after(self.headers))
 
 
-def check_address(address: str) -> None:
+def check_address(address: str, *, allow_private: bool = False) -> None:
     """Refuse an IP address that is not on the public internet, in whatever form it is embedded.
+
+    With ``allow_private``, only link-local ones are refused: at such an address clouds keep a machine's credentials.
 
     Raises:
         Rejected: private, loopback, link-local, shared, multicast, reserved or unspecified, also as the IPv4 address
@@ -81,6 +83,10 @@ def check_address(address: str) -> None:
             within.append(ip.sixtofour)
         elif ip.teredo is not None:
             within += ip.teredo
+    if allow_private:
+        if any(one.is_link_local for one in within):
+            raise Rejected(f"{address} is a link-local address")
+        return
     for one in within:
         # What counts as global has changed between versions of Python; the others have not.
         if (
@@ -118,7 +124,7 @@ class Fetcher:
 
     Args:
         user_agent: sent with every request.
-        allow_private: also connect to addresses that are not public.
+        allow_private: also connect to addresses that are not public, but for link-local ones.
         resolve: (host, port) → its IP addresses.
     """
 
@@ -217,12 +223,11 @@ class Fetcher:
         found = await (self._resolve or resolve_host)(host, port)
         if not found:
             raise Unavailable(f"the host {host} has no address", again=False)
-        if not self._allow_private:
-            for address in found:
-                try:
-                    check_address(address)
-                except Rejected as error:
-                    raise Rejected(f"the host {host} is refused: {error}") from None
+        for address in found:
+            try:
+                check_address(address, allow_private=self._allow_private)
+            except Rejected as error:
+                raise Rejected(f"the host {host} is refused: {error}") from None
         return found
 
 

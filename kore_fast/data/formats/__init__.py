@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from kore_fast.data.formats import llama_factory, llava, messages, parquet, swift
 from kore_fast.data.images import MAX_PIXELS
-from kore_fast.data.samples import Sample
+from kore_fast.data.samples import Sample, missing_image
 from kore_fast.errors import DataError
 from kore_fast.files import iterate_json
 
@@ -48,6 +48,8 @@ class Format:
     summary: str
     write: Write
     read: Read
+    holds_pictures: bool = False
+    """Pictures are in the file, so paths in it stay relative."""
 
 
 FORMATS = {
@@ -63,7 +65,9 @@ FORMATS = {
         ),
         Format("swift", ".jsonl", "ms-swift JSON lines", swift.write, swift.read),
         Format("messages", ".jsonl", "TRL and Hugging Face messages", messages.write, messages.read),
-        Format("parquet", ".parquet", "Hugging Face parquet with the pictures in it", parquet.write, parquet.read),
+        Format(
+            "parquet", ".parquet", "Hugging Face parquet with the pictures in it", parquet.write, parquet.read, True
+        ),
     )
 }
 
@@ -157,7 +161,8 @@ def convert(
     Args:
         format: a name of `FORMATS`.
         source_format: by default what `detect` says.
-        image_root: the folder that picture paths are below, by default the source's.
+        image_root: the folder that picture paths are below, by default the source's, or ``images`` in it where the
+            first picture is only there (as ``kore-fast augment`` leaves them when it searches).
         absolute_images: write whole paths, for trainers that are started elsewhere.
         unpack_to: a folder for the pictures inside a parquet source, which is then the ``image_root``.
 
@@ -168,7 +173,7 @@ def convert(
     reader = format_of(source_format or detect(source))
     if Path(source).resolve() == Path(target).resolve():
         raise DataError(f"{target}: is the source itself; name another file")
-    root = Path(source).parent if image_root is None else Path(image_root)
+    root = _root_of(source) if image_root is None else Path(image_root)
     unpacked = 0
     if reader.name == "parquet" and unpack_to is not None:
         unpacked = parquet.unpack_images(source, unpack_to)
@@ -183,3 +188,16 @@ def convert(
 
     writer.write(target, counted(), root, absolute_images=absolute_images)
     return Converted(reader.name, writer.name, count, unpacked)
+
+
+def _root_of(source: str | Path) -> Path:
+    """The folder that a file's pictures are below, as far as its first record tells."""
+    beside = Path(source).parent
+    if detect(source) != "llava":
+        return beside
+    record = next(iterate_json(source), ("", None))[1]
+    image = record.get("image") if isinstance(record, dict) else None
+    first = image[0] if isinstance(image, list) and image else image
+    if isinstance(first, str) and missing_image(beside, first) and not missing_image(beside / "images", first):
+        return beside / "images"
+    return beside

@@ -141,9 +141,9 @@ def test_where_one_address_does_not_answer_the_next_is_tried(web: Any) -> None:
 def public_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.1, where the test's server is, counts as public; nothing else does that is not."""
 
-    def check(address: str) -> None:
+    def check(address: str, *, allow_private: bool) -> None:
         if address != "127.0.0.1":
-            check_address(address)
+            check_address(address, allow_private=allow_private)
 
     monkeypatch.setattr(fetch, "check_address", check)
 
