@@ -46,7 +46,7 @@ class SharedInput:
     def _clear(self) -> None:
         self._x: torch.Tensor | None = None
         self._version = 0
-        self._waiting: dict[int, torch.Tensor] = {}
+        self._waiting: dict[int, tuple[torch.Tensor, tuple[object, ...]]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return {"layers": self.layers}
@@ -61,10 +61,15 @@ class SharedInput:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_inference():
             return None
         if x is self._x and x._version == self._version and id(layer) in self._waiting:
-            y = self._waiting.pop(id(layer))
+            y, computed_from = self._waiting.pop(id(layer))
             if not self._waiting:
                 self._clear()
-            return y
+            # Between the calls the layer may have been trained, switched off or given another adapter.
+            now = layer.operands(x)
+            if now is not None and _state(now) == computed_from:
+                return y
+            self._clear()
+            return None
         given = [one.operands(x) for one in self.layers]
         alike = [one for one in given if one is not None and one.backend == given[0].backend] if given[0] else []
         if len(alike) < len(given):
@@ -72,9 +77,20 @@ class SharedInput:
             return None
         W, A, B, bias, scaling, backend = zip(*alike, strict=True)
         ys = frozen_lora_many(x, W, A, B, bias, scaling=scaling, backend=backend[0])
-        self._waiting = {id(one): y for one, y in zip(self.layers, ys, strict=True)}
+        self._waiting = {id(one): (y, _state(used)) for one, y, used in zip(self.layers, ys, alike, strict=True)}
         self._x, self._version = x, x._version
-        return self._waiting.pop(id(layer))
+        y, _ = self._waiting.pop(id(layer))
+        return y
+
+
+def _state(given: Operands) -> tuple[object, ...]:
+    """What a result holds for. A is frozen, and under autocast it is another tensor each time."""
+    tensors = [tensor for tensor in (given.W, given.B, given.bias) if tensor is not None]
+    versions = [(id(tensor), None if tensor.is_inference() else tensor._version) for tensor in tensors]
+    device = given.W.device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    needed = tuple(tensor.requires_grad for tensor in tensors)
+    return (*versions, needed, given.scaling, given.backend, cast, torch.is_grad_enabled())
 
 
 def share_inputs(layers: Mapping[str, object], groups: Iterable[Iterable[str]]) -> None:

@@ -151,6 +151,50 @@ def test_another_x_is_not_answered_with_the_last_one_s_result(calls: list[int]) 
         torch.testing.assert_close(block.k(one), block.k(one))
 
 
+def trained(net: Any, layer: Any) -> None:
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(1)
+
+
+def rescaled(net: Any, layer: Any) -> None:
+    layer.set_scale("default", 3)
+
+
+def hooked(net: Any, layer: Any) -> None:
+    layer.get_base_layer().register_forward_hook(lambda module, args, y: y + 1)
+
+
+def switched_off(net: Any, layer: Any) -> None:
+    layer.enable_adapters(False)
+
+
+def switched_over(net: Any, layer: Any) -> None:
+    net.add_adapter("other", net.peft_config["default"])
+    torch.nn.init.normal_(layer.lora_B["other"].weight)
+    layer.set_adapter("other")
+
+
+@pytest.mark.parametrize("change", [trained, rescaled, hooked, switched_off, switched_over])
+def test_what_changed_since_the_first_call_is_seen(change: Callable[[Any, Any], None], calls: list[int]) -> None:
+    net = adapted("peft")
+    block = net.get_submodule("base_model.model.layers.0")
+    x = torch.randn(3, 16)
+    before = block.k(x.clone())
+    block.q(x)
+    change(net, block.k)
+    y = block.k(x)
+    torch.testing.assert_close(y, apart(net).get_submodule("base_model.model.layers.0").k(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(y, before)
+
+
+def test_a_result_without_a_graph_is_not_one_to_train_with() -> None:
+    block = adapted("plain").get_submodule("layers.0")
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        block.q(x)
+    assert block.k(x).requires_grad
+
+
 def test_one_that_is_out_of_the_ordinary_sets_all_apart(calls: list[int]) -> None:
     net = adapted("peft")
     layers_of(net)["layers.0.k"].get_base_layer().register_forward_hook(lambda *_: None)
