@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,16 @@ class Assembly:
             for sample in link_samples(self.items, links, self.wordings, linking, image=picture):
                 yield self._counted("links", sample), Provenance(TEMPLATES, tuple(sources))
                 sources.clear()
+
+    def to_check(self) -> Iterator[tuple[Item, list[Round]]]:
+        """All that the grounding check will be given, for a judge that has to be prepared."""
+        for item in self.items:
+            for branch in self.options.branches:
+                if branch in ("recognition", "links"):
+                    continue
+                with suppress(CannotWriteError):
+                    for _, rounds in self._drafts(branch, item):
+                        yield item, rounds
 
     def knowledge(self) -> Iterator[Sample]:
         """The raw form: one question an item, answered with its prose (training without augmentation)."""

@@ -28,6 +28,7 @@ from kore_fast.augmentation.grounding import Grounding
 from kore_fast.augmentation.images import PictureSearch, Report
 from kore_fast.augmentation.images.search import normal_query
 from kore_fast.augmentation.language import LanguageModelWriter
+from kore_fast.augmentation.language.judge import LanguageModelJudge
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.augmentation.provenance import TEMPLATES
 from kore_fast.augmentation.templates import TemplateWriter
@@ -148,8 +149,28 @@ def produce(
         # Kept, as a language model's questions are not read from the cache again for each use.
         wanted = [] if parts.search is None else list(_wanted(plan, parts))
         images = _images(items_file, folder, parts, wanted, cluster, show)
-        grounding = None if plan.checks is None else Grounding(plan.checks)
-        return _write(items_file, plan, folder, parts, images, grounding, wanted, name or items_file.parent.name)
+        grounding, judge = _grounding(plan, parts, show)
+        summary = _write(items_file, plan, folder, parts, images, grounding, wanted, name or items_file.parent.name)
+        if judge is not None:
+            summary["judge"] = judge.summary()
+            write_json(folder / "summary.json", summary)
+        return summary
+
+
+def _grounding(
+    plan: AugmentationPlan, parts: Parts, show: Progress
+) -> tuple[Grounding | None, LanguageModelJudge | None]:
+    """The check in force, and its judge, who has been asked about all that will be put before it."""
+    checks, model = plan.checks, parts.language_model
+    if checks is None:
+        return None, None
+    if checks.judge == "off" or model is None:
+        return Grounding(checks), None
+    judge = LanguageModelJudge(model.model, model.cache, seed=plan.seed)
+    grounding = Grounding(checks, judge=judge)
+    written = Assembly(parts.items, plan, wordings=parts.wordings, writer=parts.writer).to_check()
+    judge.prepare((case for item, rounds in written for case in grounding.to_judge(item, rounds)), show)
+    return grounding, judge
 
 
 def unanswered(summary: dict[str, Any]) -> str:
