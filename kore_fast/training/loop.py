@@ -52,6 +52,12 @@ class TrainingOptions:
 class _Trainer(Trainer):
     """What Trainer leaves to a subclass: our order of batches, loss over answers only, A as it was when resuming."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # `compute_loss` divides by the tokens of the whole step; under transformers 5.5 accelerate would divide the
+        # gradient by the number of batches as well.
+        self.accelerator.gradient_accumulation_steps = 1
+
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
