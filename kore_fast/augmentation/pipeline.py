@@ -150,11 +150,8 @@ def produce(
         wanted = [] if parts.search is None else list(_wanted(plan, parts))
         images = _images(items_file, folder, parts, wanted, cluster, show)
         grounding, judge = _grounding(plan, parts, show)
-        summary = _write(items_file, plan, folder, parts, images, grounding, wanted, name or items_file.parent.name)
-        if judge is not None:
-            summary["judge"] = judge.summary()
-            write_json(folder / "summary.json", summary)
-        return summary
+        named = name or items_file.parent.name
+        return _write(items_file, plan, folder, parts, images, grounding, judge, wanted, named)
 
 
 def _grounding(
@@ -180,7 +177,7 @@ def unanswered(summary: dict[str, Any]) -> str:
         summary: what `produce` returned.
     """
     lacking = [
-        (summary["writer"].get("not_answered", 0), "request"),
+        (sum(summary.get(who, {}).get("not_answered", 0) for who in ("writer", "judge")), "request"),
         (summary.get("pictures_to_try_again", 0), "search or download"),
     ]
     said = []
@@ -222,6 +219,7 @@ def _write(
     parts: Parts,
     images: ImageSource,
     grounding: Grounding | None,
+    judge: LanguageModelJudge | None,
     wanted: Sequence[Wanted],
     name: str,
 ) -> dict[str, Any]:
@@ -263,6 +261,8 @@ def _write(
         totals.add_reject(kind_of(reject.reason), item=reject.item, branch=reject.branch, example=detail)
     summary = assembly.summary()
     summary["writer"] = {"writer": TEMPLATES} if model is None else model.summary()
+    if judge is not None:
+        summary["judge"] = judge.summary()
     if isinstance(images, FoundImages) and parts.clip is not None:
         summary["pictures"] = dict(sorted(images.counts.items()))
         summary["pictures_to_try_again"] = sum(report.again for _, report in reports)
@@ -309,21 +309,23 @@ def _reports(parts: Parts, wanted: Sequence[Wanted]) -> list[tuple[str, Report]]
 def _card_info(name: str, plan: AugmentationPlan, summary: dict[str, Any]) -> CardInfo:
     writer = summary["writer"]
     models = {"writer": str(writer.get("model", writer["writer"]))}
+    if "judge" in summary:
+        models["judge"] = summary["judge"]["model"]
     clip = summary.get("clip", {})
     if clip:
         models["clip"] = f"{clip['model']} ({clip['weights']})" if clip["filtered"] else clip["note"]
-    paid = "model" in writer
-    cost = writer.get("cost")
+    asked = [summary[who] for who in ("writer", "judge") if "model" in summary.get(who, {})]
+    costs = [one["cost"] for one in asked]
     return CardInfo(
         name=name,
         seed=plan.seed,
         options=summary["options"],
         models=models,
-        prompts=writer.get("prompts", {}),
+        prompts={task: version for one in asked for task, version in one["prompts"].items()},
         costs=Costs(
-            requests=writer["requests"] if paid else 0,
-            prompt_tokens=writer["prompt_tokens"] if paid else 0,
-            completion_tokens=writer["completion_tokens"] if paid else 0,
-            money=(cost if isinstance(cost, int | float) else None) if paid else 0.0,
+            requests=sum(one["requests"] for one in asked),
+            prompt_tokens=sum(one["prompt_tokens"] for one in asked),
+            completion_tokens=sum(one["completion_tokens"] for one in asked),
+            money=sum(costs) if all(isinstance(cost, int | float) for cost in costs) else None,
         ),
     )

@@ -15,7 +15,7 @@ pytest.importorskip("json_repair", reason='needs json-repair: pip install "kore-
 
 from kore_fast.cli import main
 from kore_fast.data.samples import read_samples
-from python_tests.augmentation.language.server import Reply, Server, error
+from python_tests.augmentation.language.server import Reply, Server, error, task_of
 from python_tests.augmentation.world import (
     BRANCHES,
     FOUND,
@@ -245,6 +245,33 @@ def test_what_the_text_does_not_hold(tmp_path: Path, action: str) -> None:
     told = json.loads((run / "augment" / "card.json").read_text())["branches"]["dialogue"]["grounding"]
     assert ("doubted" in told) == (action == "flag")
     assert ("1999" in (run / "augment" / "contact_sheet.html").read_text()) == (action != "drop")
+
+
+@pytest.mark.parametrize("believes", [True, False])
+def test_a_judge_decides_what_the_checks_doubt(tmp_path: Path, believes: bool) -> None:
+    items, run = make_items(tmp_path / "data", 3), tmp_path / "run"
+    judged: list[str] = []
+
+    def judging(body: dict[str, Any], times: int) -> Reply:
+        if task_of(body) != "judge":
+            return script(body, times)
+        judged.append(body["messages"][1]["content"])
+        return Reply(json.dumps({"supported": believes, "reason": "so it is"}))
+
+    plan = {"grounding": {"judge": "doubtful"}}
+    with Server(judging) as server:
+        assert run_augment(items, run, language_model=model(server, price_in=1.0, price_out=1.0), **plan) == 0
+        sent = len(server.requests)
+    assert len(judged) == 3
+    assert all("1999" in asked for asked in judged)
+    assert sum("1999" in json.dumps(one) for one in samples(run)) == (3 if believes else 0)
+    assert len(rejects(run)) == (0 if believes else 3)
+    summary, card = (json.loads((run / "augment" / f"{name}.json").read_text()) for name in ("summary", "card"))
+    assert (summary["judge"]["supported"], summary["judge"]["unsupported"]) == ((3, 0) if believes else (0, 3))
+    # What the judge took is in the card's costs.
+    assert card["costs"]["requests"] == sent
+    assert card["costs"]["money"] == pytest.approx(summary["writer"]["cost"] + summary["judge"]["cost"])
+    assert card["models"]["judge"] == "m"
 
 
 def test_links_and_every_format(tmp_path: Path, searched: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
