@@ -1,8 +1,13 @@
-"""Held-out loss and drift: how far a trained model's next-token distributions moved from its base's."""
+"""Held-out loss and drift: how far a trained model moved from its base, in what it says and in what it thinks.
+
+Forgetting without a benchmark: next-token distributions (KL) and hidden states beside the base's on held-out prompts.
+What the change of each weight does to held-out activations is in `held_out_leak`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +15,27 @@ import torch
 from torch import nn
 
 from kore_fast.data.conversations import IGNORE, Encoded, by_length, collate, tokenizer_of
+from kore_fast.errors import ConstraintError
 from kore_fast.progress import Progress, silent
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Of one held-out sequence, in nats a predicted token."""
+    """Of one held-out sequence, a mean over its predicted tokens."""
 
     loss: float
+    """Nats a token."""
     kl: float
-    """KL(base ‖ model) of the next-token distributions, mean over the sequence's predicted tokens."""
+    """KL(base ‖ model) of the next-token distributions, nats a token."""
+    hidden: float
+    """‖h′ − h‖ / ‖h‖ of the hidden states from which a token is predicted, mean over the decoder's layers. Relative
+    token by token, so that the few positions with massive activations weigh no more than others."""
     tokens: int
 
 
 def measure_drift(
     model: nn.Module,
-    base: nn.Module,
+    base: nn.Module | None,
     processor: Any,
     sequences: Sequence[Encoded],
     *,
@@ -34,9 +44,14 @@ def measure_drift(
     progress: Progress = silent,
     label: str = "drift",
 ) -> list[Drift]:
-    """Loss and KL of each sequence, over the tokens of its answers (for a plain text: all tokens after the first).
+    """Loss and drift of each sequence, over the tokens of its answers (for a plain text: all tokens after the first).
 
-    ``base`` may be ``model`` itself; the KL is then zero.
+    Args:
+        base: the untouched base; ``model`` itself, which is then compared with itself (drift zero); or None for a
+            PEFT model, whose base is the same model with its adapters off: no second model in memory.
+
+    Raises:
+        ConstraintError: no base, and ``model`` is no PEFT model.
     """
     pad = tokenizer_of(processor).pad_token_id
     device = next(model.parameters()).device
@@ -48,13 +63,39 @@ def measure_drift(
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(**inputs).logits
-            base_logits = logits if base is model else base(**inputs).logits
+            found = model(**inputs, output_hidden_states=True)
+            if base is model:
+                before = found
+            else:
+                with base_of(model, base) as untouched:
+                    before = untouched(**inputs, output_hidden_states=True)
         for row, i in enumerate(rows):
             kept = targets[row] != IGNORE
-            log_p = logits[row][kept].float().log_softmax(-1)
-            log_q = base_logits[row][kept].float().log_softmax(-1)
+            log_p = found.logits[row][kept].float().log_softmax(-1)
+            log_q = before.logits[row][kept].float().log_softmax(-1)
             loss = -log_p.gather(-1, targets[row][kept][:, None]).squeeze(-1)
             kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-            results[i] = Drift(float(loss.mean()), float(kl.mean()), int(kept.sum()))
+            # The first are the embeddings, which go into the decoder.
+            layers = zip(found.hidden_states[1:], before.hidden_states[1:], strict=True)
+            moved = [_relative(here[row][kept], there[row][kept]) for here, there in layers]
+            results[i] = Drift(float(loss.mean()), float(kl.mean()), sum(moved) / len(moved), int(kept.sum()))
     return [result for result in results if result is not None]
+
+
+@contextmanager
+def base_of(model: nn.Module, base: nn.Module | None) -> Iterator[nn.Module]:
+    """``base`` or, where it is None, ``model`` with its adapters (and what was trained beside them) off for a while."""
+    if base is not None:
+        yield base
+        return
+    if not hasattr(model, "disable_adapter"):
+        raise ConstraintError(
+            f"{type(model).__name__} has no adapters to turn off: give the base model that drift is measured from"
+        )
+    with model.disable_adapter():  # type: ignore[operator]
+        yield model
+
+
+def _relative(here: torch.Tensor, there: torch.Tensor) -> float:
+    there = there.float()
+    return float(((here.float() - there).norm(dim=-1) / there.norm(dim=-1)).mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from kore_fast.data.old_knowledge import Picture, PlainQuestion, Text, picture_p
 from kore_fast.data.questions import Question
 from kore_fast.evaluation.drift import measure_drift
 from kore_fast.evaluation.generation import Prompt, generate_answers
+from kore_fast.evaluation.held_out_leak import held_out_leak
 from kore_fast.evaluation.metrics import cover_exact_match, mean_interval, token_f1, wilson_interval
 from kore_fast.evaluation.naming import score_choices
 from kore_fast.files import inside, read_jsonl, write_jsonl
@@ -43,7 +44,7 @@ class Suite:
 
 def evaluate(
     model: nn.Module,
-    base: nn.Module,
+    base: nn.Module | None,
     processor: Any,
     suite: Suite,
     folder: Path,
@@ -56,7 +57,8 @@ def evaluate(
     Parts whose file is there already are not measured again, so that a killed run continues.
 
     Args:
-        base: the untouched base model, for drift; ``model`` itself when the base is measured.
+        base: the untouched base model, for drift; ``model`` itself when the base is measured; None for a PEFT model,
+            whose base is itself with its adapters off.
         base_folder: where the base was measured; its own answers are the held-out prompts of the drift. Default: the
             base's answers are ``folder``'s.
 
@@ -82,8 +84,14 @@ def evaluate(
         found = measure_drift(
             model, base, processor, sequences, batch_size=8, bf16=suite.bf16, progress=progress, label=label
         )
-        return [{"loss": d.loss, "kl": d.kl, "tokens": d.tokens} for d in found]
+        return [asdict(one) for one in found]
 
+    def drifted(rows: Sequence[Row], what: str) -> None:
+        if rows:  # a base that answers nothing has no answers to drift from
+            metrics[f"kl_{what}"] = _mean([row["kl"] for row in rows])
+            metrics[f"hidden_{what}"] = _mean([row["hidden"] for row in rows])
+
+    held_out: list[Encoded] = []
     if suite.questions:
         rows = _part(folder / "questions.jsonl", lambda: _questions(suite, answers))
         for form, prefix in (("by_name", "adaptation"), ("by_picture", "by_picture")):
@@ -99,15 +107,15 @@ def evaluate(
             for _, row in read_jsonl(base_folder / "capitals.jsonl")[: suite.drift_samples]
             if row["prediction"]
         ]
-        rows = _part(folder / "drift_chat.jsonl", lambda: drift(sequences, "drift on chat"))
-        if rows:  # a base that answers nothing has no answers to drift from
-            metrics["kl_chat"] = _mean([row["kl"] for row in rows])
+        drifted(_part(folder / "drift_chat.jsonl", lambda: drift(sequences, "drift on chat")), "chat")
+        held_out += sequences
     if suite.texts:
         passages = encode_texts(processor, [text.text for text in suite.texts], suite.text_tokens)
         rows = _part(folder / "drift_text.jsonl", lambda: drift(passages, "held-out text"))
         if rows:
             metrics["wikipedia_loss"] = _mean([row["loss"] for row in rows])
-            metrics["kl_text"] = _mean([row["kl"] for row in rows])
+        drifted(rows, "text")
+        held_out += passages[: suite.drift_samples]
     if suite.pictures:
         rows = _part(folder / "pictures.jsonl", lambda: _pictures(model, processor, suite, progress))
         metrics["picture_naming"] = _share([row["chosen"] == row["name"] for row in rows])
@@ -133,9 +141,16 @@ def evaluate(
                 for picture, prompt in zip(described, prompts, strict=True)
                 if told.get(picture.id)
             ]
-            rows = _part(folder / "drift_pictures.jsonl", lambda: drift(shown, "drift on pictures"))
-            if rows:
-                metrics["kl_picture"] = _mean([row["kl"] for row in rows])
+            drifted(_part(folder / "drift_pictures.jsonl", lambda: drift(shown, "drift on pictures")), "picture")
+            held_out += shown
+    if held_out and base is not model:
+        rows = _part(
+            folder / "held_out_leak.jsonl",
+            lambda: [asdict(row) for row in held_out_leak(model, base, processor, held_out, progress=progress)],
+        )
+        if rows:
+            metrics["held_out_leak"] = _mean([row["leak"] for row in rows])
+            metrics["outputs_moved"] = _mean([row["moved"] for row in rows])
     return metrics
 
 

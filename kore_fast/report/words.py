@@ -38,6 +38,13 @@ METRICS = (
     MetricWords("kl_text", "drift on text, KL in nats", "drift, text", DRIFT, False, False),
     MetricWords("kl_chat", "drift in chat, KL in nats", "drift, chat", DRIFT, False, False),
     MetricWords("kl_picture", "drift on pictures, KL in nats", "drift, pictures", DRIFT, False, False),
+    MetricWords("hidden_text", "hidden states' drift on text, relative", "hidden states, text", DRIFT, False, False),
+    MetricWords("hidden_chat", "hidden states' drift in chat, relative", "hidden states, chat", DRIFT, False, False),
+    MetricWords(
+        "hidden_picture", "hidden states' drift on pictures, relative", "hidden states, pictures", DRIFT, False, False
+    ),
+    MetricWords("held_out_leak", "leak of the change on held-out inputs", "held-out leak", DRIFT, False, False),
+    MetricWords("outputs_moved", "layers' outputs moved on held-out inputs", "outputs moved", DRIFT, False, False),
 )
 ADAPTATION = METRICS[0]
 RETENTION = tuple(words for words in METRICS if words.group == "Retention")
@@ -52,8 +59,14 @@ GLOSSARY = (
     (
         "drift",
         "Kullback-Leibler divergence of the model's next-token probabilities from the base's on held-out prompts: "
-        "0 when nothing changed",
+        "0 when nothing changed; of hidden states, how far they moved, relative to their size",
     ),
+    (
+        "held-out leak",
+        "Σ‖ΔW x‖²·d / (‖ΔW‖²·Σ‖x‖²) over held-out inputs x: how much the change of a layer, whatever its size, acts on "
+        "old inputs that it was not made from",
+    ),
+    ("outputs moved", "(Σ‖ΔW x‖² / Σ‖W x‖²)½ over held-out inputs: the same with the change's size in it"),
     (
         "covariance",
         "C = Σ x xᵀ over the inputs x that a layer receives from old knowledge, uncentred, with its token count",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kore_fast.data.conversations import ANSWER, Encoded, collate, encode, encode_texts
+from kore_fast.errors import ConstraintError
 from kore_fast.evaluation.drift import measure_drift
 
 
@@ -58,6 +59,27 @@ def test_figures_are_the_definitions(
         p, q = (o.logits[0, :-1][wanted].double().log_softmax(-1) for o in (base, output))
         assert drift.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
         assert drift.kl > 1e-4
+        with torch.no_grad():
+            moved, still = (m(**inputs, output_hidden_states=True).hidden_states[1:] for m in (changed, tiny_model))
+        layers = [
+            ((a - b)[0, :-1][wanted].norm(dim=-1) / b[0, :-1][wanted].norm(dim=-1)).mean()
+            for a, b in zip(moved, still, strict=True)
+        ]
+        assert drift.hidden == pytest.approx(float(sum(layers) / len(layers)), rel=1e-4)
+
+
+def test_a_peft_model_is_its_own_base(tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = copy.deepcopy(tiny_model)
+    adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+    alone = measure_drift(adapted, None, tiny_processor, sequences)
+    beside = measure_drift(adapted, base, tiny_processor, sequences)
+    assert all(one.kl > 0 and one.hidden > 0 for one in alone)
+    for one, other in zip(alone, beside, strict=True):
+        assert (one.kl, one.hidden, one.loss) == pytest.approx((other.kl, other.hidden, other.loss), rel=1e-5)
+    with pytest.raises(ConstraintError, match="no adapters to turn off"):
+        measure_drift(base, None, tiny_processor, sequences)
 
 
 def test_direction_is_base_against_model(

@@ -75,7 +75,11 @@ def test_figures_follow_from_the_rows(
             parameter.add_(0.05 * torch.randn_like(parameter))
     of_base = evaluate(base, base, tiny_processor, wanted, tmp_path / "base")
     found = evaluate(tiny_model, base, tiny_processor, wanted, tmp_path / "m", base_folder=tmp_path / "base")
-    assert {p.name for p in (tmp_path / "m").iterdir()} == PARTS
+    assert {p.name for p in (tmp_path / "base").iterdir()} == PARTS
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {*PARTS, "held_out_leak.jsonl"}
+    changes = rows(tmp_path / "m", "held_out_leak.jsonl")
+    assert found["held_out_leak"]["value"] == pytest.approx(mean([row["leak"] for row in changes]))
+    assert found["outputs_moved"]["value"] == pytest.approx(mean([row["moved"] for row in changes]))
     for metrics, folder in ((of_base, tmp_path / "base"), (found, tmp_path / "m")):
         answered = rows(folder, "questions.jsonl")
         for row in answered:
@@ -96,6 +100,8 @@ def test_figures_follow_from_the_rows(
             kept = rows(folder, f"drift_{part}.jsonl")
             assert metrics[name]["value"] == pytest.approx(mean([row["kl"] for row in kept]))
             assert metrics[name]["count"] == len(kept)
+            hidden = metrics[name.replace("kl", "hidden")]["value"]
+            assert hidden == pytest.approx(mean([row["hidden"] for row in kept]))
         for metric in metrics.values():
             if metric["low"] is not None and metric["high"] is not None:
                 assert metric["low"] <= metric["value"] <= metric["high"]  # type: ignore[operator]
@@ -139,7 +145,11 @@ def test_a_failing_part_keeps_those_before(
 
 def test_an_empty_part_is_left_out(tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path) -> None:
     only_texts = replace(wanted, questions=(), capitals=(), pictures=())
-    assert set(evaluate(tiny_model, tiny_model, tiny_processor, only_texts, tmp_path)) == {"wikipedia_loss", "kl_text"}
+    assert set(evaluate(tiny_model, tiny_model, tiny_processor, only_texts, tmp_path)) == {
+        "wikipedia_loss",
+        "kl_text",
+        "hidden_text",
+    }
     assert evaluate(tiny_model, tiny_model, tiny_processor, Suite(), tmp_path / "none") == {}
 
 

@@ -1,0 +1,196 @@
+"""What the change of each weight does to old inputs that the null space was not made from.
+
+The leak of an adapter's A against the covariance that it was made from is in the run's init stage. Here the covariance
+is of held-out inputs, and the change is all of it, ΔW = B·A or W′ − W: so LoRA, full fine-tuning and KORE are measured
+alike. Σ x xᵀ itself is never formed: tr(ΔW C ΔWᵀ) = Σ ‖ΔW x‖², and a forward pass has every x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from kore_fast.data.conversations import Encoded, by_length, collate, tokenizer_of
+from kore_fast.errors import ConstraintError
+from kore_fast.evaluation.drift import base_of
+from kore_fast.modules.sharding import plain_name
+from kore_fast.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What a layer's ΔW (d_out, d_in) does to the held-out inputs x that the base gives it."""
+
+    layer: str
+    tokens: int
+    leak: float
+    """Σ‖ΔW x‖²·d_in / (‖ΔW‖_F²·Σ‖x‖²): 1 for a change in a random direction, 0 for one in the inputs' null space,
+    above 1 for one along the directions that they have most of. Free of the change's size."""
+    moved: float
+    """(Σ‖ΔW x‖² / Σ‖y‖²)½, y the layer's output in the base: how far the outputs move."""
+
+
+@dataclass
+class _Sums:
+    tokens: int = 0
+    inputs: float = 0.0
+    outputs: float = 0.0
+    changes: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Change:
+    """ΔW of one layer, as a product of factors where it has few ranks."""
+
+    factors: tuple[torch.Tensor, ...]
+    """ΔW, or (scaled B, A)."""
+    norm: float
+    """‖ΔW‖_F²."""
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """ΔW x for rows of inputs (tokens, d_in)."""
+        for factor in reversed(self.factors):
+            x = x @ factor.mT
+        return x
+
+
+def held_out_leak(
+    model: nn.Module,
+    base: nn.Module | None,
+    processor: Any,
+    sequences: Sequence[Encoded],
+    *,
+    batch_size: int = 8,
+    progress: Progress = silent,
+    label: str = "leak on held-out inputs",
+) -> list[LayerChange]:
+    """The change of every linear layer that was changed, against the inputs that ``sequences`` give it in the base.
+
+    Computed in float32 with sums in float64; padding does not count.
+
+    Args:
+        model: a PEFT model with LoRA adapters, or a model of the base's architecture (merged or trained in full).
+        base: the untouched base; None for a PEFT model, whose adapters are then turned off for it.
+
+    Returns:
+        One row a changed layer, in the model's order; layers whose ΔW is zero are left out.
+
+    Raises:
+        ConstraintError: no base for a model without adapters, a layer that one of the two lacks, or an adapter other
+            than plain LoRA.
+    """
+    changes = _changes(model, base)
+    sums = {name: _Sums() for name in changes}
+    mask = torch.empty(0)
+
+    def watch(name: str, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, y, found = _rows(inputs[0], mask), _rows(output, mask), sums[name]
+        found.tokens += len(x)
+        found.inputs += _energy(x)
+        found.outputs += _energy(y)
+        found.changes += _energy(changes[name].of(x))
+
+    pad = tokenizer_of(processor).pad_token_id
+    device = next(model.parameters()).device
+    batches = by_length([len(s) for s in sequences], batch_size)
+    with base_of(model, base) as untouched:
+        modules = {_plain(name): module for name, module in untouched.named_modules()}
+        hooks = [modules[name].register_forward_hook(partial(watch, name)) for name in changes]
+        # The head's work is a fifth of a small model's.
+        head = {} if _head(untouched) in [modules[name] for name in changes] else {"logits_to_keep": 1}
+        try:
+            for rows in progress(batches, len(batches), label) if changes else ():
+                inputs = collate([sequences[i] for i in rows], pad)
+                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+                mask = inputs["attention_mask"].bool()
+                with torch.inference_mode():
+                    untouched(**inputs, **head)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return [_row(name, sums[name], change) for name, change in changes.items() if sums[name].tokens]
+
+
+def _row(name: str, sums: _Sums, change: _Change) -> LayerChange:
+    d_in = change.factors[-1].shape[1]
+    scale = change.norm * sums.inputs
+    return LayerChange(
+        layer=name,
+        tokens=sums.tokens,
+        leak=sums.changes * d_in / scale if scale else 0.0,
+        moved=math.sqrt(sums.changes / sums.outputs) if sums.outputs else 0.0,
+    )
+
+
+def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {_plain(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    find: Callable[[str], _Change | None]
+    if adapted:
+        names = list(adapted)
+
+        def find(name: str) -> _Change | None:
+            return _of_adapter(name, adapted[name])
+    elif base is None:
+        raise ConstraintError(f"{type(model).__name__} has no LoRA layers: give the base model that it came from")
+    else:
+        ours, theirs = dict(model.named_modules()), dict(base.named_modules())
+        names = [name for name, module in theirs.items() if isinstance(module, nn.Linear)]
+        for name in names:
+            shapes = [getattr(getattr(side.get(name), "weight", None), "shape", None) for side in (ours, theirs)]
+            if shapes[0] != shapes[1]:
+                raise ConstraintError(
+                    f"{name}: {shapes[1]} in the base, {shapes[0]} in the model; not one architecture"
+                )
+
+        def find(name: str) -> _Change | None:
+            return _of_weights(ours[name].weight, theirs[name].weight)  # type: ignore[arg-type]
+
+    return {name: change for name in names if (change := find(name)) is not None}
+
+
+def _of_weights(weight: torch.Tensor, before: torch.Tensor) -> _Change | None:
+    delta = (weight.detach().double() - before.detach().double()).float()
+    norm = _energy(delta)
+    return _Change((delta,), norm) if norm else None
+
+
+def _of_adapter(name: str, layer: Any) -> _Change | None:
+    A, B = [], []
+    for adapter in layer.active_adapters:
+        if adapter not in layer.lora_A:
+            continue
+        if getattr(layer, "use_dora", {}).get(adapter) or not isinstance(layer.lora_A[adapter], nn.Linear):
+            raise ConstraintError(f"{name}: adapter {adapter!r} is not a plain LoRA of a linear layer; merge it first")
+        A.append(layer.lora_A[adapter].weight.detach().float())
+        B.append(layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter])
+    if not A:
+        return None
+    down, up = torch.cat(A), torch.cat(B, dim=1)
+    gram, cross = up.double().mT @ up.double(), down.double() @ down.double().mT
+    norm = float((gram * cross).sum())
+    return _Change((up, down), norm) if norm > 0 else None
+
+
+def _rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(rows, width) in float32 without padding; a vision tower's positions, which are not the text's, are all real."""
+    return (values[mask] if values.shape[:2] == mask.shape else values.flatten(0, -2)).float()
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+
+
+def _energy(values: torch.Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def _plain(name: str) -> str:
+    return plain_name(name).removeprefix("base_model.model.")
