@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _refuse_several_processes(options.command)
             others = {
                 "augment": _augment,
+                "compare": _compare,
                 "convert": _convert,
                 "spectrum": _spectrum,
                 "verify": _verify,
@@ -84,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kore-fast {kore_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="every stage of a recipe, in order")
+    compare = commands.add_parser("compare", help="a study: every method at every learning rate and seed, compared")
     stages = {name: commands.add_parser(name, help=text) for name, text in STAGES.items()}
-    for name, command in {"run": run, **stages}.items():
+    for name, command in {"run": run, "compare": compare, **stages}.items():
         place = command.add_argument("recipe", type=Path, help="a YAML file, or a folder with recipe.yaml")
         if name == "augment":
             place.nargs = "?"
@@ -104,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--verbose", action="store_true", help="say more about what is done")
         if name in ("init", "train", "evaluate"):
             command.add_argument("--method", help="only this method of the recipe")
+    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
+    compare.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="M", help="start no further run after so long"
+    )
+    compare.add_argument("--table", action="store_true", help="run nothing, compare what is done")
     spectrum = commands.add_parser("spectrum", help="covariances → how much room they leave, layer by layer")
     spectrum.add_argument("store", type=Path, help="a covariance folder or file, or a run's folder")
     spectrum.add_argument(
@@ -190,6 +197,34 @@ def _run(options: argparse.Namespace) -> int:
             print("\nThe adapter is an ordinary one. In plain PEFT, without kore_fast:\n")
             for line in load_lines(run / "train" / name / "adapter", recipe.model_path()):
                 print(f"    {line}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from functools import partial
+
+    from kore_fast.errors import RecipeError
+    from kore_fast.recipe.checks import prepare
+    from kore_fast.recipe.schema import load_recipe
+    from kore_fast.recipe.study import compare
+
+    if options.jobs < 1:
+        raise RecipeError(f"--jobs {options.jobs}: want at least 1")
+    recipe = load_recipe(options.recipe, _overrides(options.set))
+    run = (options.run or Path("runs") / recipe.name).resolve()
+    if not options.table:
+        prepare(recipe)
+    found = compare(
+        options.recipe,
+        recipe,
+        run,
+        overrides=options.set,
+        width=options.jobs,
+        minutes=options.minutes,
+        only_table=options.table,
+        say=partial(print, flush=True),
+    )
+    print(f"\n{found.markdown}\nThe comparison: {found.folder / 'comparison.md'}")
     return 0
 
 

@@ -151,7 +151,7 @@ def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
                 )
 
         def find(name: str) -> _Change | None:
-            return _of_weights(ours[name].weight, theirs[name].weight)  # type: ignore[arg-type]
+            return _of_weights(ours[name].weight, theirs[name].weight)
 
     return {name: change for name in names if (change := find(name)) is not None}
 

@@ -14,9 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.errors import ConstraintError, RecipeError
+from kore_fast.recipe.study import BASE, expand
 
-BASE = "base"
-"""The untouched model's name among the methods."""
 _BASE_FOLDER = "base_folder"
 
 
@@ -180,6 +179,33 @@ class TrainingSection(Section):
     checkpoint_every: Count = 25
 
 
+class StudyJob(Section):
+    """What a method of an expanded study is; see `study.expand`."""
+
+    method: str
+    learning_rate: Number
+    seed: int
+
+
+class StudySection(Section):
+    """Makes a recipe a study: its methods may give ``learning_rates`` and ``seeds``, for ``kore-fast compare``."""
+
+    seeds: list[int] = [0]
+    """Of every method that gives none itself."""
+    match: str | None = None
+    """The method whose best adaptation the learning rates of all are matched to; default: each method's own best."""
+    results: Path | None = None
+    """Folder for the kept scores and the comparison; default ``compare`` in the run's folder."""
+    experiments: dict[str, list[str]] = {}
+    """Heading → methods that are shown in a table and a plot of their own, such as a sweep over ranks."""
+    depends_on: list[Path] = []
+    """Further files that decide the scores; those kept from before a change of theirs are made anew."""
+    keep_weights: bool = True
+    """False removes what a job trained once its scores are kept."""
+    jobs: dict[str, StudyJob] = {}
+    """Filled when the recipe is loaded."""
+
+
 class EvaluationSection(Section):
     """What is measured on every method and on the base."""
 
@@ -215,6 +241,7 @@ class Recipe(Section):
     methods: dict[str, Method]
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
+    study: StudySection | None = None
     base_folder: Path
     """The recipe's own folder; set when it is loaded."""
 
@@ -257,6 +284,10 @@ class Recipe(Section):
         wanted = self.start_options(self.methods[name])
         return next(other for other, method in self.methods.items() if self.start_options(method) == wanted)
 
+    def has_start(self, name: str) -> bool:
+        """Whether the method's stage ``init`` makes something to start from."""
+        return self.methods[name].kind != "full"
+
     def model_path(self) -> str:
         """The model's folder, or its hub name."""
         folder = self.resolve(self.model.path)
@@ -269,6 +300,14 @@ class Recipe(Section):
                 raise ValueError(f"method {name!r}: name it with letters, digits, '-', '_' ('base' is taken)")
             if method.kind == "kore" and self.covariance is None:
                 raise ValueError(f"method {name!r} needs covariances: add a 'covariance' section")
+        if self.study is not None:
+            known = {job.method for job in self.study.jobs.values()}
+            named = [*(["match"] if self.study.match not in (None, *known) else [])]
+            named += [n for n, group in self.study.experiments.items() if not known.issuperset(group)]
+            if named:
+                raise ValueError(
+                    f"study: {named[0]!r} names a method that is not there; methods: {', '.join(sorted(known))}"
+                )
         if self.covariance is not None:
             needs = {"text": "texts", "chat": "texts", "pictures": "pictures"}
             for name, source in self.covariance.sources.items():
@@ -296,6 +335,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     methods = values.get("methods")
     if isinstance(methods, dict):
         values["methods"] = {name: method for name, method in methods.items() if method is not None}
+    if isinstance(values.get("study"), dict) and values["study"].pop("jobs", None) is not None:
+        raise RecipeError(f"{file}: study.jobs follows from the methods; leave it out")
+    try:
+        values = expand(values)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from None
     values[_BASE_FOLDER] = file.parent.resolve()
     try:
         return Recipe.model_validate(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,9 +16,10 @@ from kore_fast.intervals import mean_interval
 from kore_fast.report.figures import learning_rate, study_scatter
 from kore_fast.report.findings import EQUAL_ADAPTATION, listing
 from kore_fast.report.page import write_bytes
+from kore_fast.report.prediction import Prediction, as_values, prediction_table, predictions
 from kore_fast.report.reading import Metric, Scores, kind_order, parse_scores, pretty
 from kore_fast.report.tables import csv_text, markdown_table
-from kore_fast.report.words import ADAPTATION, MISSING, RETENTION, MetricWords, interval, measured, minus, number
+from kore_fast.report.words import ADAPTATION, DRIFT, MISSING, RETENTION, MetricWords, interval, measured, minus, number
 
 _LOSS = "wikipedia_loss"
 _OVER_SEEDS = "Student's t, 95 %"
@@ -110,13 +112,21 @@ class Comparison:
 
     groups: Sequence[Group]
     equal: Sequence[EqualAdaptation]
+    predictions: Sequence[Prediction]
     markdown: str
+    folder: Path
 
 
 def build_comparison(
-    runs: Iterable[Mapping[str, Any]], out: Path, *, selected: Mapping[str, float] | None = None
+    runs: Iterable[Mapping[str, Any]],
+    out: Path,
+    *,
+    selected: Mapping[str, float] | None = None,
+    experiments: Mapping[str, Sequence[str]] | None = None,
+    reference: str = "lora",
 ) -> Comparison:
-    """Compare the runs of a study and write comparison.{csv,json,md,png} into ``out``.
+    """Compare the runs of a study and write comparison.{csv,json,md,png} into ``out``; with experiments a
+    comparison-NAME.png for each in the place of comparison.png.
 
     Runs are grouped by method and ``settings["learning_rate"]``; each group's metrics are averaged over its seeds, with
     Student's 95 % interval from three seeds on, the lowest and highest value for two, and the run's own interval over
@@ -127,6 +137,9 @@ def build_comparison(
         out: folder for the files.
         selected: the learning rate chosen for each method, for the table and the filled marks. Without one a method's
             group with the most seeds is taken, and among those the one of the highest adaptation.
+        experiments: heading → methods that stand in a table and a picture of their own, the base beside them; those
+            without a run yet are left out.
+        reference: the method that every other is held against at equal adaptation.
 
     Raises:
         DataError: no run, a run without a needed field, two runs of one method, learning rate and seed, or a selected
@@ -144,20 +157,22 @@ def build_comparison(
             )
     groups = _groups(scores, selected or {})
     equal = [
-        equal_adaptation(scores, method, "lora")
+        equal_adaptation(scores, method, reference)
         for method in dict.fromkeys(run.method for run in scores)
-        if method not in ("base", "lora") and any(run.method == "lora" for run in scores)
+        if method not in ("base", reference) and any(run.method == reference for run in scores)
     ]
-    comparison = Comparison(groups, equal, _markdown(groups, equal))
     out = Path(out)
+    foretold = predictions(scores)
+    pictures = _pictures(scores, groups, experiments or {})
+    markdown = _markdown(groups, equal, foretold, experiments or {}, pictures)
+    comparison = Comparison(groups, equal, foretold, markdown, out)
     write_text(out / "comparison.csv", _csv(groups))
     write_json(out / "comparison.json", _json(comparison))
     write_text(out / "comparison.md", comparison.markdown)
-    picture = study_scatter(scores, [(group.method, group.learning_rate) for group in groups if group.selected])
-    if picture is None:
-        (out / "comparison.png").unlink(missing_ok=True)
-    else:
-        write_bytes(out / "comparison.png", picture)
+    for stale in {path.name for path in out.glob("comparison*.png")} - {name for name, _ in pictures.values()}:
+        (out / stale).unlink()
+    for name, picture in pictures.values():
+        write_bytes(out / name, picture)
     return comparison
 
 
@@ -255,9 +270,72 @@ def _spread(words: MetricWords, runs: Sequence[Scores]) -> Spread | None:
     return Spread(mean, low, high, len(values), _OVER_SEEDS)
 
 
-def _markdown(groups: Sequence[Group], equal: Sequence[EqualAdaptation]) -> str:
+def _pictures(
+    scores: Sequence[Scores], groups: Sequence[Group], experiments: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, bytes]]:
+    """Heading → file and picture: one for each experiment or, without any, one of everything under no heading."""
+    found = {}
+    for heading, methods in experiments.items() or [("", [group.method for group in groups])]:
+        shown = {*methods, "base"}
+        picture = study_scatter(
+            [run for run in scores if run.method in shown],
+            {
+                (group.method, group.learning_rate): {name: one.as_metric() for name, one in group.spreads.items()}
+                for group in groups
+                if group.selected and group.method in shown
+            },
+        )
+        ending = re.sub(r"[^a-z0-9]+", "-", f"-{heading.lower()}").rstrip("-")
+        if picture is not None:
+            found[heading] = (f"comparison{ending}.png", picture)
+    return found
+
+
+def _markdown(
+    groups: Sequence[Group],
+    equal: Sequence[EqualAdaptation],
+    foretold: Sequence[Prediction],
+    experiments: Mapping[str, Sequence[str]],
+    pictures: Mapping[str, tuple[str, bytes]],
+) -> str:
     rows = [group for group in groups if group.selected]
+    lines = []
+    for heading, methods in experiments.items():
+        shown = [group for name in ("base", *methods) for group in rows if group.method == name]
+        if len(shown) > 1:
+            lines += [f"## {heading}\n", _table(shown, brief=True)]
+            if heading in pictures:
+                lines.append(f"![{heading}: kept against learned]({pictures[heading][0]})\n")
+    if experiments:
+        lines.append("## All methods\n")
+    lines.append(_table(rows))
+    kinds = {spread.interval: spread.seeds for group in rows for spread in group.spreads.values()}
+    meanings = {
+        _OVER_SEEDS: "Student's 95 % interval of the mean over three or more seeds",
+        _TOO_FEW: "the lowest and highest of two seeds",
+        _ONE_RUN: "for a single run, its 95 % interval over questions",
+    }
+    brackets = listing([meanings[kind] for kind in meanings if kind in kinds]) if kinds else ""
+    if brackets:
+        lines.append(f"Mean over seeds; in brackets {brackets}. {MISSING}: not measured.\n")
+    if equal:
+        lines.append("".join(f"- {one.sentence()}\n" for one in equal))
+    if foretold:
+        count, kinds_of_run = max((one.runs, one.methods) for one in foretold)
+        lines += [
+            "## What foretells forgetting\n",
+            f"Spearman's rank correlation of each measure with what was lost, over {count} runs of {kinds_of_run} "
+            "methods; in brackets 95 % of the correlations when methods are drawn anew. The held-out loss is of the "
+            "same passages as the drift on text.\n",
+            prediction_table(foretold),
+        ]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Group], *, brief: bool = False) -> str:
     metrics = measured(run for group in rows for run in group.runs)
+    if brief:
+        metrics = [words for words in metrics if words.group != DRIFT or words.name.startswith("kl_")]
     header = [
         "method",
         "learning rate",
@@ -275,19 +353,7 @@ def _markdown(groups: Sequence[Group], equal: Sequence[EqualAdaptation]) -> str:
         ]
         for group in rows
     ]
-    kinds = {spread.interval: spread.seeds for group in rows for spread in group.spreads.values()}
-    meanings = {
-        _OVER_SEEDS: "Student's 95 % interval of the mean over three or more seeds",
-        _TOO_FEW: "the lowest and highest of two seeds",
-        _ONE_RUN: "for a single run, its 95 % interval over questions",
-    }
-    brackets = listing([meanings[kind] for kind in meanings if kind in kinds]) if kinds else ""
-    lines = [markdown_table(header, cells)]
-    if brackets:
-        lines.append(f"Mean over seeds; in brackets {brackets}. {MISSING}: not measured.\n")
-    if equal:
-        lines.append("".join(f"- {one.sentence()}\n" for one in equal))
-    return "\n".join(lines)
+    return markdown_table(header, cells)
 
 
 def _cell(words: MetricWords, spread: Spread | None) -> str:
@@ -347,6 +413,7 @@ def _json(comparison: Comparison) -> dict[str, Any]:
             }
             for group in comparison.groups
         ],
+        "predictions": as_values(comparison.predictions),
         "equal_adaptation": [{**asdict(one), "sentence": one.sentence()} for one in comparison.equal],
     }
 

@@ -169,11 +169,17 @@ def loss_curves(methods: Sequence[Method], theme: Theme) -> bytes | None:
 
 
 def study_scatter(
-    runs: Sequence[Scores], selected: Sequence[tuple[str, float | None]], theme: Theme = LIGHT
+    runs: Sequence[Scores],
+    selected: Mapping[tuple[str, float | None], Mapping[str, Metric]],
+    theme: Theme = LIGHT,
 ) -> bytes | None:
     """Every run of a study: adaptation against each retention metric; filled marks are the selected learning rates.
 
-    A thin line joins a method's learning rates in their order. None when no run has both axes.
+    A thin line joins a method's learning rates in their order. Of a selected rate with several seeds a cross of error
+    bars shows the mean's interval on both axes. None when no run has both axes.
+
+    Args:
+        selected: method and learning rate → its metrics over seeds.
     """
     panels = [
         words for words in RETENTION if any(run.metric(words.name) and run.metric(ADAPTATION.name) for run in runs)
@@ -199,6 +205,20 @@ def study_scatter(
                 line = [_centre(points, rate) for rate in sorted({rate for rate, _, _ in points if rate is not None})]
                 if len(line) > 1:
                     ax.plot(*zip(*line, strict=True), color=style.colour, linewidth=1, alpha=0.6, zorder=2)
+                for (method, _), metrics in selected.items():
+                    across, up = metrics.get(ADAPTATION.name), metrics.get(words.name)
+                    if method == name and across and up and (across.count or 0) > 1 and kinds[name] != "base":
+                        ax.errorbar(
+                            [across.value],
+                            [up.value],
+                            xerr=_error(across),
+                            yerr=_error(up),
+                            fmt="none",
+                            ecolor=style.colour,
+                            elinewidth=1.2,
+                            alpha=0.5,
+                            zorder=2,
+                        )
                 for rate, x, y in points:
                     ax.plot(
                         x,

@@ -1,0 +1,330 @@
+"""A study: a recipe whose methods are run at several learning rates and seeds, and compared.
+
+In a recipe with a ``study`` section a method may give ``learning_rates`` and ``seeds`` (lists) in the place of
+``learning_rate`` and ``seed``. `expand` makes one ordinary method of each combination, so that every stage works on a
+study as on any recipe. `compare` then chooses, on the first seed, the learning rate of each method whose adaptation is
+nearest to that of the method named by ``match`` (rates are matched on what was learned and never on what was kept),
+runs the other seeds at that rate only, and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kore_fast.errors import RecipeError
+from kore_fast.files import read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from kore_fast.recipe.schema import Recipe
+    from kore_fast.report.comparison import Comparison
+
+BASE = "base"
+"""The untouched model's name among the methods."""
+ADAPTATION = "adaptation_cem"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of a study."""
+
+    method: str
+    """As the study names it; several jobs share it."""
+    learning_rate: float
+    seed: int
+    name: str
+    """As a method of the expanded recipe."""
+
+
+def expand(values: dict[str, Any]) -> dict[str, Any]:
+    """A study's values as a recipe's: each method at each learning rate and seed becomes one, told in ``study.jobs``.
+
+    Values without a ``study`` section come back as they are; what is wrong in them is left for the schema to say.
+
+    Raises:
+        RecipeError: a method with both ``learning_rate`` and ``learning_rates`` (or ``seed`` and ``seeds``), an empty
+            list, or two jobs of one name.
+    """
+    study, methods = values.get("study"), values.get("methods")
+    if not isinstance(study, dict) or not isinstance(methods, dict):
+        return values
+    seeds = study.get("seeds", [values.get("seed", 0)])
+    expanded: dict[str, Any] = {}
+    jobs: dict[str, dict[str, Any]] = {}
+    for method, options in methods.items():
+        if not isinstance(options, dict):
+            return values
+        rest = {k: v for k, v in options.items() if k not in ("learning_rates", "seeds")}
+        rates = _choices(method, options, "learning_rate", None)
+        for seed in _choices(method, options, "seed", seeds):
+            for rate in rates:
+                name = _job_name(method, rate, seed)
+                if name in expanded:
+                    raise RecipeError(f"study: method {method!r}: two runs are called {name}; rename a method")
+                expanded[name] = {**rest, "learning_rate": rate, "seed": seed}
+                jobs[name] = {"method": method, "learning_rate": rate, "seed": seed}
+    return {**values, "methods": expanded, "study": {**study, "jobs": jobs}}
+
+
+def _choices(method: str, options: Mapping[str, Any], key: str, default: Any) -> list[Any]:
+    if key in options and f"{key}s" in options:
+        raise RecipeError(f"study: method {method!r}: give {key!r} or '{key}s', not both")
+    chosen = options.get(f"{key}s", options.get(key, default))
+    chosen = chosen if isinstance(chosen, list) else [chosen]
+    if not chosen:
+        raise RecipeError(f"study: method {method!r}: '{key}s' is empty")
+    return chosen
+
+
+def _job_name(method: str, rate: Any, seed: Any) -> str:
+    rate = f"{float(rate):.0e}" if _round(rate) else str(rate)
+    return f"{method}_{rate}_s{seed}".replace("e-0", "e-").replace(".", "p").replace("e-", "em").replace("+", "")
+
+
+def _round(rate: Any) -> bool:
+    """Whether a rate has one digit, so that 1e-3, 0.001 and "1e-3" are one name."""
+    try:
+        return float(f"{float(rate):.0e}") == float(rate)
+    except (TypeError, ValueError):
+        return False
+
+
+def jobs_of(recipe: Recipe) -> list[Job]:
+    """Every job of a study, the first seed's first; of a plain recipe each method is one."""
+    if recipe.study is None:
+        return [Job(n, m.learning_rate, recipe.seed_of(m), n) for n, m in recipe.methods.items()]
+    found = [
+        Job(recipe.study.jobs[name].method, method.learning_rate, recipe.seed_of(method), name)
+        for name, method in recipe.methods.items()
+    ]
+    order = {seed: place for place, seed in enumerate(dict.fromkeys(job.seed for job in found))}
+    return sorted(found, key=lambda job: order[job.seed])
+
+
+def choose(scores: Mapping[Job, Mapping[str, Any]], match: str | None) -> dict[str, float]:
+    """Each method's learning rate: the one whose adaptation is nearest to the best of ``match`` (of all without one).
+
+    Only jobs of a method's first seed decide, so that further seeds change no choice.
+    """
+    first: dict[str, int] = {}
+    for job in scores:
+        first.setdefault(job.method, job.seed)
+    adaptation = {
+        job: float(found["metrics"][ADAPTATION]["value"])
+        for job, found in scores.items()
+        if job.seed == first[job.method] and ADAPTATION in found["metrics"]
+    }
+    if not adaptation:
+        return {}
+    target = max((value for job, value in adaptation.items() if job.method == match), default=max(adaptation.values()))
+    chosen: dict[str, float] = {}
+    for job in sorted(adaptation, key=lambda job: (abs(adaptation[job] - target), job.learning_rate)):
+        chosen.setdefault(job.method, job.learning_rate)
+    return chosen
+
+
+def compare(
+    file: Path,
+    recipe: Recipe,
+    run: Path,
+    *,
+    overrides: Sequence[str] = (),
+    width: int = 1,
+    minutes: float = float("inf"),
+    only_table: bool = False,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Take a study as far as the time allows, and write the comparison of what is done.
+
+    A finished job's scores are kept with a digest of what decides them; the same call, in another checkout too, goes on
+    with what is missing or has become stale. Jobs run ``width`` side by side, each in processes of its own with its
+    share of the threads, or on a GPU of its own.
+
+    Args:
+        file: the recipe's file or folder, which the jobs' processes read.
+        overrides: ``KEY=VALUE``, handed to them.
+        minutes: start no further job after so long.
+        only_table: run nothing.
+
+    Raises:
+        RecipeError: jobs failed (others went on; names their logs), or nothing is done yet.
+    """
+    from kore_fast.report import build_comparison
+
+    runner = _Runner(file, recipe, run, tuple(overrides), width, time.monotonic() + 60 * minutes, say)
+    jobs, match = jobs_of(recipe), recipe.study.match if recipe.study else None
+    if not only_table:
+        runner.prepare(jobs)
+        first = {job.method: job.seed for job in reversed(jobs)}
+        if runner.jobs([job for job in jobs if job.seed == first[job.method]]):
+            rates = choose(runner.done(jobs), match)
+            others = [job for job in jobs if job.seed != first[job.method]]
+            runner.jobs([job for job in others if rates.get(job.method) == job.learning_rate])
+    done = runner.done(jobs)
+    if not done or not runner.base.exists():
+        raise RecipeError(f"{file}: no job of the study is done yet; `kore-fast compare {file}` runs them")
+    return build_comparison(
+        [read_json(runner.base), *done.values()],
+        runner.results,
+        selected=choose(done, match),
+        experiments=recipe.study.experiments if recipe.study else {},
+        reference=match or "lora",
+    )
+
+
+def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End jobs that still run when the study is left; they continue the next time."""
+    for process in processes:
+        # The shell between them and us hands no signal on.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+@dataclass
+class _Runner:
+    file: Path
+    recipe: Recipe
+    run: Path
+    overrides: tuple[str, ...]
+    width: int
+    deadline: float
+    say: Callable[[str], None]
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def results(self) -> Path:
+        """Where the comparison goes, and the scores that are kept."""
+        study = self.recipe.study
+        return self.run / "compare" if study is None or study.results is None else self.recipe.resolve(study.results)
+
+    @property
+    def base(self) -> Path:
+        """The base's scores."""
+        return self.results / "runs" / f"{BASE}.json"
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """What all jobs read: samples, covariances, the base's figures, the starts. One after the other, as each
+        takes the whole machine."""
+        waiting = [job for job in jobs if self.scores(job) is None]
+        if not waiting and self.base.exists():
+            return
+        needed = dict.fromkeys(self.recipe.start_of(job.name) for job in waiting)
+        starts = [name for name in needed if self.recipe.has_start(name)]
+        stages: list[tuple[str, ...]] = [("augment",)]
+        if self.recipe.covariance is not None:
+            stages.append(("covariance",))
+        stages += [("evaluate", "--method", BASE), *(("init", "--method", name) for name in starts)]
+        for stage in stages:
+            if subprocess.run(self._command(*stage)).returncode:
+                raise RecipeError(f"{self.file}: `kore-fast {' '.join(stage)}` failed, see above")
+        self._keep(self.run / "evaluate" / BASE / "scores.json", self.base, {"method": BASE})
+
+    def jobs(self, jobs: Iterable[Job]) -> bool:
+        """Train and evaluate; False when the time ran out before all were done."""
+        waiting = [job for job in jobs if self.scores(job) is None]
+        running: dict[Job, tuple[subprocess.Popen[bytes], int]] = {}
+        logs = self.run / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.callback(lambda: _stop(process for process, _ in running.values()))
+            while waiting or running:
+                while waiting and len(running) < self.width and time.monotonic() < self.deadline:
+                    place = min(set(range(self.width)) - {place for _, place in running.values()})
+                    job = waiting.pop(0)
+                    log = stack.enter_context((logs / f"{job.name}.log").open("ab"))
+                    running[job] = (self._start(job, place, log), place)
+                    self.say(f"{job.name}: started, {len(waiting)} waiting")
+                for job, (process, _) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[job]
+                        self._finish(job, process.returncode, logs / f"{job.name}.log")
+                if waiting and not running and time.monotonic() >= self.deadline:
+                    self.say(f"the time is up, {len(waiting)} jobs are left; the same command continues")
+                    return False
+                time.sleep(0.2)
+        if self.failed:
+            raise RecipeError(f"{self.file}: {len(self.failed)} jobs failed: {'; '.join(self.failed)}")
+        return True
+
+    def _start(self, job: Job, place: int, log: Any) -> subprocess.Popen[bytes]:
+        # One process after the other, as each stage loads its own model.
+        script = 'set -e; for stage in train evaluate; do "$0" -m kore_fast $stage "$@"; done'
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.width))}
+        if devices := torch.cuda.device_count():
+            environment["CUDA_VISIBLE_DEVICES"] = str(place % devices)
+        _, _, _, *arguments = self._command("", "--method", job.name)
+        return subprocess.Popen(
+            ["bash", "-c", script, sys.executable, *arguments],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def _finish(self, job: Job, status: int, log: Path) -> None:
+        if status:
+            self.failed.append(f"{job.name} (see {log})")
+            self.say(f"{job.name}: failed, see {log}")
+            return
+        scores = self._keep(
+            self.run / "evaluate" / job.name / "scores.json",
+            self._kept(job),
+            {"method": job.method},
+            self._made_from(job),
+        )
+        if self.recipe.study is not None and not self.recipe.study.keep_weights:
+            shutil.rmtree(self.run / "train" / job.name)
+        shown = ", ".join(f"{n} {m['value']:.3f}" for n, m in scores["metrics"].items() if m["value"] is not None)
+        self.say(f"{job.name}: {shown}")
+
+    def scores(self, job: Job) -> dict[str, Any] | None:
+        """A finished job's scores, if they were made from what the study says now."""
+        path = self._kept(job)
+        if not path.exists():
+            return None
+        kept = read_json(path)
+        return kept["scores"] if kept["made_from"] == self._made_from(job) else None
+
+    def done(self, jobs: Iterable[Job]) -> dict[Job, dict[str, Any]]:
+        """The scores of every job that is done."""
+        return {job: scores for job in jobs if (scores := self.scores(job)) is not None}
+
+    def _kept(self, job: Job) -> Path:
+        return self.results / "runs" / f"{job.name}.json"
+
+    def _keep(self, source: Path, target: Path, change: dict[str, Any], made_from: str = "") -> dict[str, Any]:
+        scores: dict[str, Any] = {**read_json(source), **change}
+        write_json(target, {"made_from": made_from, "scores": scores} if made_from else scores)
+        return scores
+
+    def _made_from(self, job: Job) -> str:
+        """Hex SHA-256 of what decides a job's scores: the recipe but for its other methods, and the files it names."""
+        recipe, study = self.recipe, self.recipe.study
+        told = recipe.model_dump(mode="json", exclude={"methods", "study", "name", "title", "note", "base_folder"})
+        method = recipe.methods[job.name].model_dump(mode="json")
+        digest = hashlib.sha256(json.dumps([told, method], sort_keys=True, default=str).encode())
+        items = recipe.resolve(recipe.items)
+        files = [items, items.parent / "wordings.yaml", *map(recipe.resolve, study.depends_on if study else ())]
+        for path in files:
+            if path.exists():
+                digest.update(sha256_file(path).encode())
+        return digest.hexdigest()
+
+    def _command(self, stage: str, *extra: str) -> list[str]:
+        changes = [part for change in self.overrides for part in ("--set", change)]
+        command = [sys.executable, "-m", "kore_fast", *([stage] if stage else []), str(self.file)]
+        return [*command, "--run", str(self.run), *changes, *extra]

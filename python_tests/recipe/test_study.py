@@ -1,0 +1,147 @@
+"""A study: what it expands to, which rates it chooses, that it runs each job once, and what a change makes stale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kore_fast.cli import main
+from kore_fast.errors import RecipeError
+from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe.study import Job, choose, expand, jobs_of
+
+STUDY = """
+study:
+  seeds: [0, 1]
+  match: lora
+  results: results
+  experiments: { "Both ways": [lora, kore] }
+  keep_weights: false
+"""
+
+
+@pytest.fixture
+def study_file(recipe_file: Path) -> Path:
+    values = yaml.safe_load(recipe_file.read_text() + STUDY)
+    values["methods"] = {
+        "lora": {"kind": "lora", "rank": 4, "learning_rates": [1e-3, "2e-2"]},
+        "kore": {"kind": "kore", "rank": 8, "learning_rate": 1e-2, "seeds": [0]},
+    }
+    values["training"]["steps"] = 2
+    recipe_file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return recipe_file
+
+
+def edit(path: Path, change: Any) -> None:
+    values = yaml.safe_load(path.read_text())
+    change(values)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def test_each_combination_is_one_method(study_file: Path) -> None:
+    recipe = load_recipe(study_file)
+    assert list(recipe.methods) == ["lora_1em3_s0", "lora_2em2_s0", "lora_1em3_s1", "lora_2em2_s1", "kore_1em2_s0"]
+    assert recipe.methods["lora_2em2_s1"].learning_rate == 0.02
+    assert recipe.methods["lora_2em2_s1"].seed == 1
+    assert jobs_of(recipe) == [
+        Job("lora", 0.001, 0, "lora_1em3_s0"),
+        Job("lora", 0.02, 0, "lora_2em2_s0"),
+        Job("kore", 0.01, 0, "kore_1em2_s0"),
+        Job("lora", 0.001, 1, "lora_1em3_s1"),
+        Job("lora", 0.02, 1, "lora_2em2_s1"),
+    ]
+
+
+def test_a_plain_recipe_is_a_study_of_its_methods(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert jobs_of(recipe) == [Job("lora", 0.001, 0, "lora"), Job("kore", 0.01, 0, "kore")]
+    assert expand({"methods": {"a": {}}}) == {"methods": {"a": {}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v["methods"]["lora"].update(learning_rate=1), "not both"),
+        (lambda v: v["methods"]["lora"].update(learning_rates=[]), "empty"),
+        (lambda v: v["study"].update(match="loar"), "'match' names a method that is not there"),
+        (lambda v: v["study"]["experiments"].update(x=["what"]), "'x' names a method that is not there"),
+        (lambda v: v["study"].update(sedes=[1]), "did you mean 'seeds'"),
+        (lambda v: v["study"].update(jobs={}), "leave it out"),
+        (lambda v: v.pop("study"), "methods.lora.learning_rates: unknown key"),
+        (lambda v: v["methods"]["lora"].update(learning_rates=[0.001, "1e-3"]), "called lora_1em3_s0"),
+    ],
+)
+def test_what_is_wrong_is_named(study_file: Path, change: Any, message: str) -> None:
+    edit(study_file, change)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(study_file)
+
+
+def test_rates_are_matched_on_what_was_learned() -> None:
+    def found(value: float, kept: float) -> dict[str, Any]:
+        return {"metrics": {"adaptation_cem": {"value": value}, "capitals": {"value": kept}}}
+
+    scores = {
+        Job("lora", 1e-3, 0, "a"): found(0.2, 0.9),
+        Job("lora", 2e-3, 0, "b"): found(0.4, 0.1),
+        Job("kore", 1e-3, 0, "c"): found(0.38, 0.2),
+        Job("kore", 2e-3, 0, "d"): found(0.6, 1.0),
+        Job("kore", 2e-3, 1, "e"): found(0.4, 1.0),  # a further seed decides nothing
+    }
+    assert choose(scores, "lora") == {"lora": 2e-3, "kore": 1e-3}
+    assert choose(scores, None) == {"lora": 2e-3, "kore": 2e-3}
+    assert choose({}, "lora") == {}
+
+
+@pytest.mark.slow
+def test_a_study_runs_once_continues_and_repeats_only_what_changed(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def go(*extra: str) -> list[str]:
+        assert main(["compare", str(study_file), "--run", str(tmp_path / "run"), *extra]) == 0
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if ": started" in line]
+
+    assert main(["compare", str(study_file), "--run", str(tmp_path / "run"), "--table"]) == 1
+    assert "no job of the study is done" in capsys.readouterr().err
+    # No time for any job: what they share is made, and then there is nothing to show.
+    assert main(["compare", str(study_file), "--run", str(tmp_path / "run"), "--minutes", "0"]) == 1
+    capsys.readouterr()
+    started = go("--jobs", "2")
+    assert started[:3] == ["lora_1em3_s0", "lora_2em2_s0", "kore_1em2_s0"]
+    assert len(started) == 4, "the second seed runs at the chosen rate only"
+    results = tmp_path / "results"
+    kept = sorted(path.name for path in (results / "runs").iterdir())
+    assert kept == sorted(["base.json", *(f"{name}.json" for name in started)])
+    table = (results / "comparison.md").read_text()
+    assert "## Both ways" in table
+    assert (results / "comparison-both-ways.png").is_file()
+    assert json.loads((results / "runs" / f"{started[0]}.json").read_text())["scores"]["method"] == "lora"
+    assert not (tmp_path / "run" / "train" / started[0]).exists(), "keep_weights is false"
+    assert go() == []
+    assert go("--table") == []
+    assert (results / "comparison.md").read_text() == table
+    # Another run's folder, as in another checkout: the kept scores are enough.
+    assert main(["compare", str(study_file), "--run", str(tmp_path / "other"), "--table"]) == 0
+    edit(study_file, lambda v: v["methods"]["kore"].update(rank=6))
+    assert go() == ["kore_1em2_s0"]
+    edit(study_file, lambda v: v["evaluation"].update(questions=11))
+    assert len(go()) == 4
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_named_and_the_others_go_on(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A loss that is no number ends a training.
+    edit(study_file, lambda v: v["methods"]["lora"].update(learning_rates=[1e30], seeds=[0]))
+    edit(study_file, lambda v: v["training"].update(steps=6))
+    assert main(["compare", str(study_file), "--run", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert "1 jobs failed" in said.err
+    assert "lora_1e30_s0.log" in said.err
+    assert "kore_1em2_s0: " in said.out
+    assert (tmp_path / "results" / "runs" / "kore_1em2_s0.json").exists()
