@@ -75,7 +75,7 @@ def augment_stage(
     pictures = [] if plan.image_search is None else _pictures_of(items)
     return Stage(
         "augment",
-        options={"augmentation": plan.model_dump(mode="json"), "name": name},
+        options={"augmentation": plan.decisive(), "name": name},
         inputs=[items, *(file for file in beside if file.exists()), *pictures],
         work=lambda folder, progress: work.augment(items, there, run, folder, progress, name),
         produces=("samples.json", "knowledge.json", "questions.jsonl", "summary.json", "card.json"),
