@@ -1,5 +1,5 @@
-"""The slow parts of an augmentation over Ray Data, on one machine or on a cluster: requests to the language model,
-image search with its downloads, and CLIP's vectors.
+"""The slow parts of an augmentation over Ray Data, on one machine or on a cluster: what a language model is to write,
+image search with its downloads, and CLIP's vectors. A judge is asked by the driver.
 
 Workers hold nothing that lasts and need no shared disk. They are sent what is missing in the caches, row by row, and
 send back plain rows; the driver alone writes the caches. The assembly that follows reads them as ever, so that its

@@ -175,7 +175,13 @@ def test_model_search_and_clip_give_the_folder_of_a_local_run(tmp_path: Path, we
     for name, ray in (("local", None), ("ray", TWO)):
         with Server(script) as server:
             plan = AugmentationPlan.model_validate(
-                {"language_model": model(server), "image_search": search, "clip": clip, "ray": ray}
+                {
+                    "language_model": model(server),
+                    "image_search": search,
+                    "clip": clip,
+                    "grounding": {"judge": "all"},
+                    "ray": ray,
+                }
             )
             produce(items, plan, tmp_path / name, tmp_path / f"{name}-cache")
             made[name] = len(server.requests)
@@ -194,6 +200,8 @@ def test_model_search_and_clip_give_the_folder_of_a_local_run(tmp_path: Path, we
     summary = json.loads((tmp_path / "ray" / "summary.json").read_text())
     assert summary["pictures"]["recognition: found"] > 0
     assert any("summary" in reason for reason in summary["writer"]["unusable_answers"])
+    assert summary["judge"]["cases"] > 0
+    assert summary["judge"]["not_judged"] == 0
     key_is_in_no_file(ray_here)
 
 

@@ -53,7 +53,8 @@ def check_whole(run: Path, items: int, root: Path, *, branches: tuple[str, ...] 
     }
     assert {name: one["samples"] for name, one in card["branches"].items()} == dict(counts)
     assert summary["samples"] == card["samples"] == len(made)
-    assert card["rejects"]["total"] == len(left_out)
+    assert card["rejects"]["total"] == summary["rejects"]["total"] == len(left_out)
+    assert sum(summary["rejects"]["reasons"].values()) == len(left_out)
     read_samples(folder / "samples.json", root)
     assert [one["item"] for one in json.loads((folder / "knowledge.json").read_text())] == [
         f"i{n}" for n in range(items)
