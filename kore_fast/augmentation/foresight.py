@@ -130,7 +130,7 @@ def describe_time(model: LanguageModelOptions, requests: int, tokens: int, *, ro
         return f"time: up to 24 hours{each}, by the Batch API"
     least = least_seconds(model, requests, tokens)
     if least is not None:
-        return f"time: at least {minutes(least)} by the rates set, longer if the server is slower"
+        return f"time: {minutes(least)} by the rates set, longer if the server is slower"
     turns = -(-requests // model.concurrency)
     return (
         f"time: not known before the server has answered; {requests:,} requests, {model.concurrency} at a time, take "

@@ -114,7 +114,7 @@ def describe_cost(items_file: Path, plan: AugmentationPlan, cache: Path) -> str:
             known = sum(parts.search.known(query) for query in wanted)
             more = "" if model is None else ", and those of VQA once it is written"
             least = search_seconds(parts.search, len(wanted) - known)
-            time = f"; at least {minutes(least)} at the rate set" if least else ""
+            time = f"; {minutes(least)} by the rate, and the downloads" if least else ""
             lines.append(f"{parts.search.provider.name}: {len(wanted) - known:,} searches, {known:,} known{more}{time}")
         return "\n".join(lines)
 

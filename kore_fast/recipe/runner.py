@@ -166,7 +166,7 @@ def _fingerprint(run: Path, stage: Stage) -> str:
     inputs = []
     for path in stage.inputs:
         inside = path.is_relative_to(run)
-        hint = f"make it with `kore-fast {path.relative_to(run).parts[0]}`" if inside else "check the recipe's path"
+        hint = f"make it with `kore-fast {path.relative_to(run).parts[0]}`" if inside else "check the path"
         if not path.exists():
             raise RecipeError(f"{stage.name}: {path} is not there; {hint}")
         if inside and not _state(path if path.is_dir() else path.parent).get("done", True):

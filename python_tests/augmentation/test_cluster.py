@@ -7,7 +7,9 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,20 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DataError, match=r'pip install "kore-fast\[ray\]"'), Cluster(RayOptions()):
         pass
+
+
+@needs_ray
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        begun = time.monotonic()
+        with pytest.raises(DataError, match=rf"Ray at {address}: nobody answers there.*'ray.address'"):
+            Cluster(RayOptions(address=address)).__enter__()
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(DataError, match=f"Ray at {address}"):
+            Cluster(RayOptions()).__enter__()
+    assert time.monotonic() - begun < 60
 
 
 @pytest.fixture(scope="module")

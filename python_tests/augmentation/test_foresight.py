@@ -92,7 +92,7 @@ def test_time_follows_from_the_rates() -> None:
     assert least_seconds(options(requests_per_minute=50), 1000, 10**6) == 20 * 60
     assert least_seconds(options(requests_per_minute=50, tokens_per_minute=10_000), 1000, 10**6) == 100 * 60
     assert least_seconds(options(requests_per_minute=50, batch_api=True), 1000, 10**6) is None
-    assert "at least about 20 min" in describe_time(options(requests_per_minute=50), 1000, 10**6)
+    assert "time: about 20 min by the rates set" in describe_time(options(requests_per_minute=50), 1000, 10**6)
     assert "63 times as long as one" in describe_time(options(concurrency=16), 1000, 10**6)
     assert "24 hours for each of 2 rounds" in describe_time(options(batch_api=True), 1000, 10**6, rounds=2)
 
