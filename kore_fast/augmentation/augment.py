@@ -156,7 +156,7 @@ class Assembly:
         return questions
 
     def summary(self) -> dict[str, Any]:
-        """Counts and sizes by branch, what was left out and why, of what has been taken so far; plain JSON values."""
+        """Counts and sizes by branch, of what has been taken so far; plain JSON values."""
         return {
             "items": len(self.items),
             "options": self.options.model_dump(mode="json", include=set(AugmentationOptions.model_fields)),
@@ -169,7 +169,6 @@ class Assembly:
             },
             "questions_left_out": self._left_out,
             "prose_shortened": sum(len(item.text.split()) > self.options.prose_words for item in self.items),
-            "rejects": [reject.as_dict() for reject in self.rejects],
         }
 
     def _drafts(self, branch: Branch, item: Item) -> list[Draft]:
@@ -282,6 +281,8 @@ class Augmented:
     """See `Assembly.knowledge`."""
     questions: list[Question]
     """Evaluation, in wordings never trained on."""
+    rejects: list[Reject]
+    """What was not written, and why."""
     summary: dict[str, Any]
     """See `Assembly.summary`."""
 
@@ -304,4 +305,4 @@ def augment(
     samples = [sample for sample, _ in made.samples()]
     knowledge = list(made.knowledge())
     questions = made.questions()
-    return Augmented(samples, knowledge, questions, made.summary())
+    return Augmented(samples, knowledge, questions, made.rejects, made.summary())

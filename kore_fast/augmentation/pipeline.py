@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,12 +24,14 @@ from kore_fast.augmentation.card import CardInfo, CardTotals, Costs, write_card
 from kore_fast.augmentation.clip import Clip
 from kore_fast.augmentation.cluster import Cluster
 from kore_fast.augmentation.contact_sheet import ContactSheet
+from kore_fast.augmentation.foresight import describe_time, foresee_judge, search_seconds
 from kore_fast.augmentation.found_images import FoundImages, Wanted, wanted_of
 from kore_fast.augmentation.grounding import Grounding
 from kore_fast.augmentation.images import PictureSearch, Report
 from kore_fast.augmentation.images.search import normal_query
 from kore_fast.augmentation.language import LanguageModelWriter
 from kore_fast.augmentation.language.judge import LanguageModelJudge
+from kore_fast.augmentation.language.totals import money
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.augmentation.provenance import TEMPLATES
 from kore_fast.augmentation.templates import TemplateWriter
@@ -40,7 +43,7 @@ from kore_fast.data.questions import write_questions
 from kore_fast.data.samples import Sample, stream_samples, write_samples
 from kore_fast.errors import DataError
 from kore_fast.files import write_json, write_jsonl
-from kore_fast.progress import Progress, silent
+from kore_fast.progress import Progress, minutes, silent
 
 IMAGES = "images"
 """The samples' image folder where pictures are searched for; else it is that of the items."""
@@ -101,16 +104,39 @@ def describe_cost(items_file: Path, plan: AugmentationPlan, cache: Path) -> str:
     with ExitStack() as stack:
         parts = read_parts(items_file, plan, cache, stack)
         lines = [f"{len(parts.items):,} items" + (f", {len(parts.bad_items):,} left out" if parts.bad_items else "")]
-        if parts.language_model is None:
+        model = parts.language_model
+        if model is None:
             lines.append("writer: templates, no requests")
         else:
-            lines.append(f"{parts.language_model.model.model}: {parts.language_model.estimate(parts.items).describe()}")
+            lines += _requests_foreseen(plan, parts, model)
         if parts.search is not None:
             wanted = {query for one in _wanted(plan, parts) for query in one.queries}
             known = sum(parts.search.known(query) for query in wanted)
-            more = "" if parts.language_model is None else ", and those of VQA once it is written"
-            lines.append(f"{parts.search.provider.name}: {len(wanted) - known:,} searches, {known:,} known{more}")
+            more = "" if model is None else ", and those of VQA once it is written"
+            least = search_seconds(parts.search, len(wanted) - known)
+            time = f"; {minutes(least)} by the rate, and the downloads" if least else ""
+            lines.append(f"{parts.search.provider.name}: {len(wanted) - known:,} searches, {known:,} known{more}{time}")
         return "\n".join(lines)
+
+
+def _requests_foreseen(plan: AugmentationPlan, parts: Parts, model: LanguageModelWriter) -> list[str]:
+    """The writer's and the judge's requests, both together, and the time."""
+    written = model.estimate(parts.items)
+    lines = [f"{model.model.model}: {written.describe()}"]
+    requests, tokens = written.requests, written.prompt_tokens + written.completion_tokens
+    rounds, at_most = written.batches, ""
+    judged = foresee_judge(plan, parts.items, model, parts.wordings)
+    if judged is not None:
+        lines.append(f"judge: {judged.describe()}")
+        requests += judged.requests + judged.further
+        tokens += judged.prompt_tokens + judged.completion_tokens
+        rounds += bool(judged.requests + judged.further)
+        at_most = "at most " if judged.further else ""
+        cost = None if written.cost is None or judged.cost is None else written.cost + judged.cost
+        lines.append(f"together: {at_most}{requests:,} requests, {tokens:,} tokens, {money(cost)}")
+    if requests:
+        lines.append(describe_time(model.model, requests, tokens, rounds=rounds))
+    return lines
 
 
 def produce(
@@ -256,10 +282,15 @@ def _write(
         for owner, report in reports
     )
     write_jsonl(folder / REJECTS, (reject.as_dict() for reject in rejects))
+    kinds: Counter[str] = Counter()
     for reject in rejects:
         detail = f"{reject.reason}: {reject.example}" if reject.example else reject.reason
-        totals.add_reject(kind_of(reject.reason), item=reject.item, branch=reject.branch, example=detail)
+        kind = kind_of(reject.reason)
+        kinds[kind] += 1
+        totals.add_reject(kind, item=reject.item, branch=reject.branch, example=detail)
     summary = assembly.summary()
+    # Item by item they are in the file of rejects.
+    summary["rejects"] = {"total": len(rejects), "reasons": dict(sorted(kinds.items()))}
     summary["writer"] = {"writer": TEMPLATES} if model is None else model.summary()
     if judge is not None:
         summary["judge"] = judge.summary()

@@ -44,8 +44,8 @@ class Stage:
     inputs: Sequence[Path]
     """Files and folders that it reads."""
     work: Callable[[Path, Progress], None]
-    seconds: float = 10.0
-    """Rough cost on two cores, for the time left."""
+    seconds: float | None = 10.0
+    """Rough cost on two cores, for the time left; None where nobody can know it."""
     produces: Sequence[str] = field(default=())
     """Files (relative to its folder) that must be there when it is done."""
     open_ends: Callable[[Path], str] | None = None
@@ -98,8 +98,15 @@ def _begin(run: Path, stage: Stage, head: str, clock: RunClock) -> str | None:
     if state.get("fingerprint") != fingerprint:
         _empty(folder)
     write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": False})
-    _say(f"{head}: {minutes(clock.left())} left in all")
+    _say(f"{head}: {_time_left(clock)}")
     return fingerprint
+
+
+def _time_left(clock: RunClock) -> str:
+    unknown = " and ".join(clock.unknown())
+    if unknown and not clock.left():
+        return "how long it takes is not known"
+    return f"{minutes(clock.left())} left in all" + (f", beside {unknown}: not known" if unknown else "")
 
 
 def _finish(folder: Path, stage: Stage, fingerprint: str) -> None:
@@ -159,7 +166,7 @@ def _fingerprint(run: Path, stage: Stage) -> str:
     inputs = []
     for path in stage.inputs:
         inside = path.is_relative_to(run)
-        hint = f"make it with `kore-fast {path.relative_to(run).parts[0]}`" if inside else "check the recipe's path"
+        hint = f"make it with `kore-fast {path.relative_to(run).parts[0]}`" if inside else "check the path"
         if not path.exists():
             raise RecipeError(f"{stage.name}: {path} is not there; {hint}")
         if inside and not _state(path if path.is_dir() else path.parent).get("done", True):

@@ -362,11 +362,11 @@ def load_plan(items: Path, overrides: Mapping[str, str] | None = None) -> Augmen
 
     values: dict[str, Any] = AugmentationOptions.kore_74k().model_dump(mode="json") if is_evoke_file(items) else {}
     for key, text in (overrides or {}).items():
-        _override(values, key.removeprefix("augmentation."), text, items)
+        _override(values, key.removeprefix("augmentation."), text, "the augmentation")
     try:
         return AugmentationPlan.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(items, error, AugmentationPlan)) from None
+        raise RecipeError(_explain("--set", error, AugmentationPlan)) from None
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -399,7 +399,7 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(values: dict[str, Any], key: str, text: str, file: Path) -> None:
+def _override(values: dict[str, Any], key: str, text: str, file: Path | str) -> None:
     *parents, last = key.split(".")
     section = values
     for parent in parents:
@@ -412,7 +412,7 @@ def _override(values: dict[str, Any], key: str, text: str, file: Path) -> None:
         raise RecipeError(f"--set {key}={text}: not a YAML value ({error})") from None
 
 
-def _explain(file: Path, error: ValidationError, section: type[BaseModel] | None = None) -> str:
+def _explain(file: Path | str, error: ValidationError, section: type[BaseModel] | None = None) -> str:
     lines = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
@@ -423,6 +423,10 @@ def _explain(file: Path, error: ValidationError, section: type[BaseModel] | None
             lines.append(f"{place}: unknown key; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{place}: missing")
+        elif problem["type"] in ("model_type", "dict_type"):
+            lines.append(
+                f"{place}: want keys and values, as in {{key: value}}, found {type(problem['input']).__name__}"
+            )
         else:
             # What stands in these may be a secret, pasted where its variable's name belongs.
             secret = isinstance(problem["input"], dict) or _MAY_HOLD_SECRETS & set(problem["loc"])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from kore_fast.augmentation.foresight import rough_seconds
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.data.items import load_items
 from kore_fast.errors import DataError
@@ -75,11 +76,11 @@ def augment_stage(
     pictures = [] if plan.image_search is None else _pictures_of(items)
     return Stage(
         "augment",
-        options={"augmentation": plan.model_dump(mode="json"), "name": name},
+        options={"augmentation": plan.decisive(), "name": name},
         inputs=[items, *(file for file in beside if file.exists()), *pictures],
         work=lambda folder, progress: work.augment(items, there, run, folder, progress, name),
         produces=("samples.json", "knowledge.json", "questions.jsonl", "summary.json", "card.json"),
-        seconds=3 if plan.language_model is None else 600,
+        seconds=rough_seconds(items, there),
         open_ends=work.unanswered,
     )
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kore_fast.errors import RecipeError
-from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe.schema import load_plan, load_recipe
 
 MINIMAL: dict[str, Any] = {
     "name": "small",
@@ -192,3 +192,22 @@ def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
     text = yaml.safe_dump(MINIMAL) + "seed: 1\nseed: 2\n"
     with pytest.raises(RecipeError, match="'seed' comes twice"):
         load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"language_model.modell": "m"}, "language_model.modell: unknown key; did you mean 'model'?"),
+        ({"language_model": "gpt-4o"}, "--set: language_model: want keys and values, as in {key: value}, found str"),
+        ({"vqa": "many"}, "--set: vqa: "),
+        ({"vqa": "3", "vqa.count": "3"}, "--set vqa.count: vqa is not a section of the augmentation"),
+    ],
+)
+def test_options_without_a_recipe_are_blamed_on_the_command_line(
+    tmp_path: Path, given: dict[str, str], said: str
+) -> None:
+    (tmp_path / "items.jsonl").write_text("")
+    with pytest.raises(RecipeError) as raised:
+        load_plan(tmp_path / "items.jsonl", given)
+    assert said in str(raised.value)
+    assert "items.jsonl" not in str(raised.value)

@@ -72,9 +72,10 @@ def read_key(options: LanguageModelOptions) -> Secret:
         return Secret("none")
     value = os.environ.get(variable, "").strip()
     if not value:
+        other = "leave 'api_key_env' out" if options.base_url else "set 'base_url'"
         raise LanguageModelError(
-            f"the environment variable {variable} is not set; put the API key in it, "
-            "or set 'base_url' for a server that needs none"
+            f"the environment variable {variable} is not set; put the API key in it, or {other} for a server that "
+            "needs none"
         )
     if not value.isascii() or not value.isprintable() or " " in value:
         raise LanguageModelError(
@@ -305,9 +306,10 @@ class Connection:
     def _gave_up(self, reason: str) -> NoReturn:
         self._given_up += 1
         if self._given_up >= FAILURES_IN_A_ROW:
+            check = "" if self.totals.answers else "check 'base_url' and that the server runs; "
             raise LanguageModelError(
-                f"{self.place}: {self._given_up} requests in a row failed, the last because {reason}; the same command "
-                "goes on from here: all answers so far are kept"
+                f"{self.place}: {self._given_up} requests in a row failed, the last because {reason}; {check}the same "
+                "command goes on from here: all answers so far are kept"
             ) from None
         raise RequestFailedError(reason) from None
 

@@ -103,7 +103,7 @@ def load_prompts(folder: str | Path | None = None) -> dict[str, Prompt]:
         return built_in_prompts()
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of prompts")
+        raise DataError(f"{folder}: no such folder of prompts; correct 'prompts'")
     own: dict[str, Prompt] = {}
     for path in sorted(folder.glob("*.yaml")):
         if path.stem not in TASKS:
