@@ -12,13 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from kore_fast.data.images import MAX_PIXELS
-from kore_fast.data.items import IMAGE_TOKEN, SHAPES, Item, image_problem
+from kore_fast.data.items import IMAGE_TOKEN, SHAPES, Item, PictureProblem, image_problem
 from kore_fast.data.problems import Problems, describe_validation
 from kore_fast.data.questions import Question, read_questions
 from kore_fast.errors import DataError
@@ -65,6 +66,7 @@ def read_evoke(
     check_images: bool = True,
     max_pixels: int = MAX_PIXELS,
     skip: Callable[[str], object] | None = None,
+    picture_problem: PictureProblem | None = None,
 ) -> EvokeKnowledge:
     """Read an injection file as it is released.
 
@@ -74,13 +76,14 @@ def read_evoke(
     Args:
         names: id → name, where the derived name is wrong or there is none; by default ``STEM.names.json`` beside the
             file, if there is one.
-        skip: see `load_items`.
+        skip, picture_problem: see `load_items`.
 
     Raises:
         DataError: lists every problem of the file at once: no answer in a record, no name to be had, two records with
             one id, a picture that is missing, broken, too large or outside.
     """
     path = Path(path)
+    look = picture_problem or partial(image_problem, max_pixels=max_pixels)
     names = _names_beside(path) if names is None else names
     problems = Problems(skip)
     items: list[Item] = []
@@ -107,7 +110,7 @@ def read_evoke(
             continue
         if check_images:
             if item.image not in verdicts:
-                verdicts[item.image] = image_problem(path.parent, item.image, max_pixels=max_pixels)
+                verdicts[item.image] = look(path.parent, item.image)
             if verdicts[item.image] is not None:
                 problems.add(f"{named}: {verdicts[item.image]}")
                 continue

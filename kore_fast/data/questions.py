@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,11 +69,18 @@ def read_questions(
     return questions
 
 
-def write_questions(path: str | Path, questions: Sequence[Question]) -> None:
-    """Write questions one a line, whole or not at all.
+def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
+    """Write questions one a line, whole or not at all; one is held at a time.
 
     Raises:
         DataError: two questions have one id; nothing is written then.
     """
-    raise_problems(path, "questions", repeated_ids([question.question_id for question in questions]))
-    write_jsonl(path, (question.model_dump(exclude_none=True, mode="json") for question in questions))
+    ids: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for question in questions:
+            ids.append(question.question_id)
+            yield question.model_dump(exclude_none=True, mode="json")
+        raise_problems(path, "questions", repeated_ids(ids))
+
+    write_jsonl(path, rows())

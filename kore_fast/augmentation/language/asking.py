@@ -65,6 +65,17 @@ class Account:
         if entry.problem:
             self.rejected[f"{request.task}: {kind_of(entry.problem)}"] += 1
 
+    @property
+    def settled(self) -> int:
+        """Requests that are done with: answered, or refused for good."""
+        return self.counts["answers"] + self.counts["unusable"]
+
+    def take(self, other: Account) -> None:
+        """Take up all of another account."""
+        self.counts.update(other.counts)
+        self.models |= other.models
+        self.rejected.update(other.rejected)
+
     def summary(self, model: LanguageModelOptions, prompts: dict[str, str], keys: Sequence[str]) -> dict[str, Any]:
         """For the data card; plain JSON values. ``keys`` are the counts to tell."""
         return {
