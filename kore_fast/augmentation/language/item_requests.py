@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kore_fast.augmentation.language.cache import request_key, request_rest
 from kore_fast.augmentation.language.options import LanguageModelOptions
 from kore_fast.augmentation.language.prompting import Chosen, Material, Prompt, count_tokens, harmless, material, quote
 from kore_fast.augmentation.language.repair import read_answer
@@ -29,6 +28,7 @@ from kore_fast.augmentation.language.schemas import (
 )
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.data.items import Item
+from kore_fast.endpoint.cache import request_key, request_rest
 
 # About what each answer takes, for an estimate before the first request: words at 1.4 tokens, with the JSON around.
 _QUESTION_TOKENS = 22

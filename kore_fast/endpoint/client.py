@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from kore_fast.augmentation.language.cache import Reply
 from kore_fast.augmentation.language.options import LanguageModelOptions, Structured
-from kore_fast.augmentation.language.pace import Pace
 from kore_fast.augmentation.language.prompting import count_tokens
 from kore_fast.augmentation.language.repair import needed
 from kore_fast.augmentation.language.schemas import json_schema
-from kore_fast.augmentation.language.totals import Totals
+from kore_fast.endpoint.cache import Reply
+from kore_fast.endpoint.pace import Pace
+from kore_fast.endpoint.totals import Totals
 from kore_fast.errors import LanguageModelError
 
 LARGEST_BODY = 4 << 20
