@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from kore_fast.intervals import mean_interval, wilson_interval
 
 __all__ = [
     "RETENTION_BENCHMARKS",
+    "Metric",
     "cover_exact_match",
     "cover_exact_match_corrected",
     "hars",
     "knowledge_adaptation",
     "knowledge_retention",
+    "mean",
     "mean_interval",
     "mme_score",
     "normalise_answer",
+    "share",
     "token_f1",
     "wilson_interval",
 ]
@@ -29,6 +32,8 @@ RETENTION_BENCHMARKS = (
 )  # fmt: skip
 """The twelve whose plain mean is the paper's knowledge retention, by its names."""
 _MME_MOST = 2800
+Metric = dict[str, float | int | None]
+"""A figure: ``value``, its 95 % interval ``low`` and ``high``, and the ``count`` of what it is made of."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -175,6 +180,18 @@ def hars(adaptation: float, retention: float, base_adaptation: float, base_reten
     if adapted + retained <= 0:
         raise ValueError(f"HARS is not defined: fA = {adapted:.1f} and fR = {retained:.1f} do not add up above 0")
     return 2 * adapted * retained / (adapted + retained)
+
+
+def share(hits: Sequence[bool]) -> Metric:
+    """The share of hits, with Wilson's interval."""
+    low, high = wilson_interval(sum(hits), len(hits))
+    return {"value": sum(hits) / len(hits), "low": low, "high": high, "count": len(hits)}
+
+
+def mean(values: Sequence[float]) -> Metric:
+    """The mean, with Student's interval where there are two values for one."""
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
+    return {"value": sum(values) / len(values), "low": low, "high": high, "count": len(values)}
 
 
 def _words(text: str) -> list[str]:
