@@ -235,6 +235,8 @@ class EndpointAnswerer:
         finally:
             stop.now()
             thread.join()
+            if (close := getattr(shown, "close", None)) is not None:
+                close()  # the bar's line ends before an error is told
 
     async def _ask_all(
         self, prompts: Sequence[Prompt], wanted: Sequence[int], results: queue.Queue[Any], stop: _Stop
