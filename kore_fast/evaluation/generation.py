@@ -38,7 +38,7 @@ def encode_prompt(processor: Any, prompt: Prompt) -> Encoded:
 def stream_answers(
     model: nn.Module,
     processor: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Encoded],
     *,
     wanted: Collection[int] | None = None,
     max_new_tokens: int = 128,
@@ -54,6 +54,7 @@ def stream_answers(
     does. Where memory runs out the batch is halved, and so are those that follow. Pictures are read batch by batch.
 
     Args:
+        prompts: a conversation that is encoded already is taken as it is.
         wanted: the places to answer; default all.
         batch_size: give a `BatchSize` to remember it from call to call.
         bf16: compute under bfloat16 autocast.
@@ -67,7 +68,8 @@ def stream_answers(
     device = next(model.parameters()).device
 
     def answer(rows: Sequence[int]) -> list[str]:
-        encoded = [encode_prompt(processor, prompts[i]) for i in rows]
+        chosen = [prompts[i] for i in rows]
+        encoded = [one if isinstance(one, Encoded) else encode_prompt(processor, one) for one in chosen]
         inputs = collate(encoded, tokenizer.pad_token_id, side="left")
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -77,15 +79,19 @@ def stream_answers(
         answers = output[:, inputs["input_ids"].shape[1] :]
         return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
+    def named(place: int) -> str:
+        prompt = prompts[place]
+        return str(prompt) if isinstance(prompt, Prompt) else f"conversation {place}"
+
     for batch in progress(batches, len(batches), label):
-        for rows, answers in size.run(batch, answer, lambda i: str(prompts[i])):
+        for rows, answers in size.run(batch, answer, named):
             yield dict(zip(rows, answers, strict=True))
 
 
 def generate_answers(
     model: nn.Module,
     processor: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Encoded],
     *,
     max_new_tokens: int = 128,
     batch_size: int | BatchSize = 32,
@@ -109,12 +115,21 @@ def generate_answers(
     return [found[i] for i in range(len(prompts))]
 
 
-def _planned(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Batches of like length: of the text, as one model's pictures take about as many tokens each."""
+def _planned(prompts: Sequence[Prompt | Encoded], size: int) -> list[list[int]]:
+    """Batches of like length: of the text in bytes, as one model's pictures take about as many tokens each, or in
+    tokens where they are known."""
     batches: list[list[int]] = []
     # Pictures and plain questions do not mix: a batch's pixel values belong to its rows in order.
     for plain in (False, True):
-        group = [i for i, prompt in enumerate(prompts) if (prompt.image is None) == plain]
-        lengths = [len(prompts[i].text.encode()) for i in group]
+        group = [i for i, prompt in enumerate(prompts) if _is_plain(prompt) == plain]
+        lengths = [_length(prompts[i]) for i in group]
         batches += [[group[i] for i in rows] for rows in by_length(lengths, size)]
     return batches
+
+
+def _is_plain(prompt: Prompt | Encoded) -> bool:
+    return (prompt.pixel_values if isinstance(prompt, Encoded) else prompt.image) is None
+
+
+def _length(prompt: Prompt | Encoded) -> int:
+    return len(prompt) if isinstance(prompt, Encoded) else len(prompt.text.encode())
