@@ -37,9 +37,9 @@ from kore_fast.augmentation.images.store import Outcome, Picture, PictureStore, 
 from kore_fast.augmentation.language import LanguageModelOptions, LanguageModelWriter, RequestCache
 from kore_fast.augmentation.language.asking import LazyConnection
 from kore_fast.augmentation.language.prompting import Prompt
-from kore_fast.augmentation.language.totals import Totals
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.data.items import Item
+from kore_fast.endpoint.totals import Totals
 from kore_fast.errors import DataError, KoreError, LanguageModelError
 from kore_fast.progress import Progress, silent
 

@@ -152,15 +152,24 @@ def read_evoke_questions(
         for question in read_questions(path)
     ]
     if check_images:
-        problems = Problems()
-        verdicts: dict[str, str | None] = {}
-        for question in questions:
-            if question.image not in verdicts:
-                verdicts[question.image] = image_problem(path.parent, question.image, max_pixels=max_pixels)
-            if verdicts[question.image] is not None:
-                problems.add(f"question {question.question_id!r}: {verdicts[question.image]}")
-        problems.raise_any(path, "questions")
+        check_question_images(path, questions, max_pixels=max_pixels)
     return questions
+
+
+def check_question_images(path: str | Path, questions: Sequence[Question], *, max_pixels: int = MAX_PIXELS) -> None:
+    """Decode every picture of ``questions``, which are some of the evaluation file at ``path``.
+
+    Raises:
+        DataError: lists every picture at once that is missing, broken, too large or outside.
+    """
+    problems = Problems()
+    verdicts: dict[str, str | None] = {}
+    for question in questions:
+        if question.image not in verdicts:
+            verdicts[question.image] = image_problem(Path(path).parent, question.image, max_pixels=max_pixels)
+        if verdicts[question.image] is not None:
+            problems.add(f"question {question.question_id!r}: {verdicts[question.image]}")
+    problems.raise_any(path, "questions")
 
 
 def _item(

@@ -18,7 +18,8 @@ class Question(BaseModel):
     """One question with its expected answer.
 
     ``type`` is the fact asked for. ``form``: ``"by_name"`` names the item, ``"by_picture"`` only points at the picture;
-    EVOKE's own files have neither ``item`` nor ``form``. Other keys are passed over.
+    EVOKE's own files have neither ``item`` nor ``form``, and ``cnn_wiki_type`` is theirs: ``"news"``, or ``"wiki"`` for
+    an entity. Other keys are passed over.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -28,6 +29,7 @@ class Question(BaseModel):
     text: StrictStr
     answer: str
     type: StrictStr | None = None
+    cnn_wiki_type: StrictStr | None = None
     item: StrictStr | None = None
     form: Literal["by_name", "by_picture"] | None = None
 

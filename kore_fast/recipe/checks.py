@@ -17,6 +17,7 @@ def prepare(recipe: Recipe) -> None:
     Raises:
         KoreError: an item, a picture or a text that cannot be used, a rank too large for the model.
     """
+    from kore_fast.data.evoke import check_question_images, read_evoke_questions
     from kore_fast.data.items import load_items
     from kore_fast.data.old_knowledge import read_pictures, read_texts
 
@@ -36,6 +37,10 @@ def prepare(recipe: Recipe) -> None:
         read_pictures(recipe.resolve(old.pictures), check_images=True)
     if old.held_out_pictures is not None:
         read_pictures(recipe.resolve(old.held_out_pictures), need_choices=True, check_images=True)
+    if recipe.evaluation.evoke is not None:
+        evoke = recipe.resolve(recipe.evaluation.evoke)
+        questions = read_evoke_questions(evoke, check_images=False)[: recipe.evaluation.evoke_questions]
+        check_question_images(evoke, questions)
     _check_ranks(recipe)
 
 

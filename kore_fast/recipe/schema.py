@@ -223,6 +223,10 @@ class EvaluationSection(Section):
     """Held-out pictures to name."""
     drift_samples: Annotated[int, Field(ge=0)] = 64
     """Of the base's answers and of its descriptions, how many drift is measured on."""
+    evoke: Path | None = None
+    """EVOKE's evaluation file, for a recipe whose items are EVOKE's; asked with EVOKE's 128 new tokens."""
+    evoke_questions: Count | None = None
+    """Of EVOKE's questions the first so many; default all."""
 
 
 class Recipe(Section):

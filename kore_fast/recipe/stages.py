@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kore_fast.augmentation.foresight import rough_seconds
 from kore_fast.augmentation.plan import AugmentationPlan
+from kore_fast.data.evoke import read_evoke_questions
 from kore_fast.data.items import load_items
 from kore_fast.errors import DataError
 from kore_fast.files import inside, read_jsonl
@@ -138,12 +139,24 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
             run / "augment" / "questions.jsonl",
             *_pictures_of(recipe.resolve(recipe.items)),
             *_read(recipe, *old),
+            *_evoke(recipe),
             *trained,
         ],
         work=lambda folder, progress: work.evaluate(recipe, run, name, method, folder, progress),
         produces=("scores.json",),
         seconds=75,
     )
+
+
+def _evoke(recipe: Recipe) -> list[Path]:
+    """EVOKE's evaluation file, and the pictures that its questions show."""
+    if recipe.evaluation.evoke is None:
+        return []
+    file = recipe.resolve(recipe.evaluation.evoke)
+    if not file.is_file():
+        return [file]
+    questions = read_evoke_questions(file, check_images=False)[: recipe.evaluation.evoke_questions]
+    return [file, *(inside(file.parent, image) for image in sorted({question.image for question in questions}))]
 
 
 def _read(recipe: Recipe, *files: Path) -> list[Path]:

@@ -262,15 +262,18 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
             model = load_model(trained / "model")
         else:
             model = _load_adapter(load_model(recipe.model_path()), trained / "adapter").merge_and_unload()  # type: ignore[operator]
+    processor = load_processor(recipe.model_path())
     metrics = evaluate(
         model,
         base,
-        load_processor(recipe.model_path()),
+        processor,
         suite,
         folder,
         base_folder=None if method is None else run / "evaluate" / BASE,
         progress=progress,
     )
+    if options.evoke is not None:
+        metrics |= _evaluate_evoke(recipe, model, processor, folder / "evoke", progress)
     write_json(
         folder / "scores.json",
         {
@@ -282,6 +285,22 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
             "metrics": metrics,
         },
     )
+
+
+def _evaluate_evoke(
+    recipe: Recipe, model: nn.Module, processor: Any, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """EVOKE's own questions, with its predictions and tables in ``folder``."""
+    from kore_fast.data.evoke import read_evoke_questions
+    from kore_fast.evaluation.answering import ModelAnswerer
+    from kore_fast.evaluation.evoke import evaluate_evoke
+
+    assert recipe.evaluation.evoke is not None
+    file = recipe.resolve(recipe.evaluation.evoke)
+    answerer = ModelAnswerer(model, processor, batch_size=recipe.evaluation.batch_size, bf16=recipe.bf16())
+    questions = read_evoke_questions(file, check_images=False)[: recipe.evaluation.evoke_questions]
+    metrics: dict[str, Any] = evaluate_evoke(questions, file.parent, answerer, folder, progress=progress)["metrics"]
+    return metrics
 
 
 def report(recipe: Recipe, run: Path) -> None:

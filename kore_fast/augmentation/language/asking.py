@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from kore_fast.augmentation.language.cache import Entry, Reply, RequestCache
-from kore_fast.augmentation.language.client import Connection, RequestFailedError
 from kore_fast.augmentation.language.item_requests import Request
 from kore_fast.augmentation.language.options import LanguageModelOptions
 from kore_fast.augmentation.language.prompting import harmless, load_prompts
 from kore_fast.augmentation.language.schemas import UnusableError
-from kore_fast.augmentation.language.totals import Totals, money, said_cost
+from kore_fast.endpoint.cache import Entry, Reply, RequestCache
+from kore_fast.endpoint.client import Connection, RequestFailedError
+from kore_fast.endpoint.totals import Totals, money, said_cost
 from kore_fast.progress import Progress, silent
 
 UnitT = TypeVar("UnitT")

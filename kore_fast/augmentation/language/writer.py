@@ -19,17 +19,17 @@ from typing import Any
 from kore_fast.augmentation import generic
 from kore_fast.augmentation.basis import Basis, code_mark, package_mark
 from kore_fast.augmentation.language.asking import NOT_ASKED, Account, Asker, Missing, Outstanding
-from kore_fast.augmentation.language.cache import Entry, RequestCache
 from kore_fast.augmentation.language.item_requests import ItemRequests, Request
 from kore_fast.augmentation.language.options import LanguageModelOptions
 from kore_fast.augmentation.language.prompting import WRITER_TASKS
 from kore_fast.augmentation.language.schemas import VisualQuestion
-from kore_fast.augmentation.language.totals import money, said_cost
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.augmentation.templates import TemplateWriter
 from kore_fast.augmentation.wordings import Wordings, fill
 from kore_fast.augmentation.writer import CannotWriteError, Round
 from kore_fast.data.items import Item
+from kore_fast.endpoint.cache import Entry, RequestCache
+from kore_fast.endpoint.totals import money, said_cost
 
 
 @dataclass
