@@ -32,7 +32,7 @@ def encode_prompt(processor: Any, prompt: Prompt) -> Encoded:
 def generate_answers(
     model: nn.Module,
     processor: Any,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Encoded],
     *,
     max_new_tokens: int = 128,
     batch_size: int = 32,
@@ -40,11 +40,11 @@ def generate_answers(
     progress: Progress = silent,
     label: str = "answer",
 ) -> list[str]:
-    """One greedy answer a prompt, in the prompts' order.
+    """One greedy answer a prompt, in the prompts' order; a conversation that is encoded already is taken as it is.
 
     Batches hold prompts of like length and are padded on the left; ``bf16`` computes under autocast.
     """
-    encoded = [encode_prompt(processor, prompt) for prompt in prompts]
+    encoded = [p if isinstance(p, Encoded) else encode_prompt(processor, p) for p in prompts]
     # Pictures and plain questions do not mix: a batch's pixel values belong to its rows in order.
     batches: list[list[int]] = []
     for plain in (False, True):
