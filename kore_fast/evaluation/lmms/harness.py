@@ -22,6 +22,8 @@ from kore_fast.evaluation.lmms.benchmarks import Benchmark
 
 TASKS = Path(__file__).parent / "tasks"
 SUPPORTED = "0.7"
+# What lmms-eval logs of a question beside its scores.
+_LOGGED = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"}
 
 
 class NoDataError(Exception):
@@ -100,11 +102,9 @@ def run_task(benchmark: Benchmark, make_model: Any, files: list[Path] | None, li
             cli_args=SimpleNamespace(output_path=str(work / "output"), process_with_media=False),
         )
     metrics = {
-        key.split(",")[0]: _plain(value)
+        key.split(",")[0]: None if value is None else float(value)
         for key, value in results["results"][task].items()
-        if "," in key
-        and "_stderr" not in key
-        and (value is None or isinstance(value, (int, float)) or _is_number(value))
+        if "," in key and "_stderr" not in key and (value is None or _is_number(value))
     }
     absent = [name for name in benchmark.metrics if name not in metrics]
     if absent:
@@ -199,11 +199,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return hasattr(value, "item") and getattr(value, "ndim", 0) == 0
-
-
-def _plain(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 0) == 0)
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:

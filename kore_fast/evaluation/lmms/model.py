@@ -16,7 +16,7 @@ from torch import nn
 
 from kore_fast.data.conversations import ANSWER, IMAGE, Encoded, by_length, collate, encode, tokenizer_of
 from kore_fast.evaluation.generation import generate_answers
-from kore_fast.evaluation.lmms.prompts import place_marks
+from kore_fast.evaluation.lmms.prompts import pictures_first
 from kore_fast.progress import Progress, silent
 
 # Answers are written down after so many batches.
@@ -74,7 +74,7 @@ class ModelInMemory(lmms):  # type: ignore[misc]
             size = self._batch_size * _BATCHES_AT_ONCE
             for start in range(0, len(numbers), size):
                 chosen = numbers[start : start + size]
-                encoded = [self._encode(requests[number]) for number in chosen]
+                encoded = [self._question(requests[number]) for number in chosen]
                 for number, text in zip(chosen, self._generate(encoded, most_tokens), strict=True):
                     answers[number] = _cut(text, stops)
                 self._write({names[number]: answers[number] for number in chosen})
@@ -131,7 +131,7 @@ class ModelInMemory(lmms):  # type: ignore[misc]
             if callable(continuation):
                 continuation = continuation(self.task_dict[task][split][doc_id])
             visuals = self._visuals(request, 2)
-            turns = [("user", place_marks(text, len(visuals))), ("assistant", str(continuation))]
+            turns = [("user", pictures_first(text, len(visuals))), ("assistant", str(continuation))]
             encoded.append(encode(self._processor, turns, visuals))
             counts.append(len(tokenizer(str(continuation), add_special_tokens=False)["input_ids"]))
         device = next(self._network.parameters()).device
@@ -161,14 +161,16 @@ class ModelInMemory(lmms):  # type: ignore[misc]
         doc_to_visual, (doc_id, task, split) = request.args[place], request.args[-3:]
         return [] if doc_to_visual is None else list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
 
-    def _encode(self, request: Any) -> Encoded:
-        return self._conversation(request.args[0], self._visuals(request, 2))
+    def _question(self, request: Any) -> Encoded:
+        visuals = self._visuals(request, 2)
+        turns = [("user", pictures_first(request.args[0], len(visuals)))]
+        return encode(self._processor, turns, visuals, answer_follows=True)
 
     def _conversation(self, text: str | Sequence[tuple[str, str]], visuals: Sequence[Image.Image]) -> Encoded:
+        """With the pictures at their marks; before everything where their number is not that of the marks."""
         turns = [("user", text)] if isinstance(text, str) else list(text)
         if sum(said.count(IMAGE) for _, said in turns) != len(visuals):
-            turns = [(role, said.replace(IMAGE, "")) for role, said in turns]
-            turns[0] = (turns[0][0], place_marks(turns[0][1], len(visuals)))
+            turns = [(role, pictures_first(said, 0 if i else len(visuals))) for i, (role, said) in enumerate(turns)]
         return encode(self._processor, turns, visuals, answer_follows=True)
 
     def _generate(self, encoded: list[Encoded], most_tokens: int) -> list[str]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from kore_fast.data.conversations import IMAGE
 
 
-def place_marks(text: str, images: int) -> str:
-    """``text`` with as many ``<image>`` as pictures: as it stands where they are right, else all of them first.
+def pictures_first(text: str, images: int) -> str:
+    """``text`` after as many ``<image>`` as pictures, and without any in it.
 
-    A benchmark's text may hold the mark where no picture is meant (an option that is a file's name, in SEED-Bench).
+    lmms-eval's tasks give text and pictures apart. Where the mark stands in a text no picture is meant: SEED-Bench puts
+    it for an option that is a file's name.
     """
-    if text.count(IMAGE) == images:
-        return text
-    bare = text.replace(IMAGE, "").strip()
-    return f"{IMAGE}\n" * images + bare
+    return f"{IMAGE}\n" * images + text.replace(IMAGE, "").strip()

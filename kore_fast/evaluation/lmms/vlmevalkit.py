@@ -112,8 +112,8 @@ def _read(folder: Path, benchmark: Benchmark) -> Score:
     if not name:
         return Score(benchmark.name, missing="VLMEvalKit does not have it")
     ending, points = _READERS[benchmark.name]
-    # A name may begin another's: MathVision, MathVision_MINI.
-    found = [file for file in folder.rglob(f"*_{name}{ending}") if file.is_file()]
+    # MathVision's name begins another's, MathVision_MINI.
+    found = [file for file in folder.rglob(f"*_{name}{ending}") if file.is_file() and f"_{name}_MINI_" not in file.name]
     if not found:
         return Score(benchmark.name, missing=f"no file *_{name}{ending} below {folder}")
     file = max(found, key=lambda one: (one.stat().st_mtime_ns, str(one)))
@@ -122,9 +122,9 @@ def _read(folder: Path, benchmark: Benchmark) -> Score:
     try:
         figures, value = points(rows)
     except (KeyError, ValueError, StopIteration, TypeError) as error:
-        columns = ", ".join(rows[0]) if rows else "nothing"
+        held = ", ".join(rows[0]) if rows else "nothing"
         raise DataError(
-            f"{file}: not VLMEvalKit's result of {benchmark.title} ({type(error).__name__}: {error}; it holds {columns})"
+            f"{file}: not VLMEvalKit's result of {benchmark.title} ({type(error).__name__}: {error}; it holds {held})"
         ) from None
     return Score(benchmark.name, points=value, metrics=dict(figures))
 

@@ -58,7 +58,7 @@ def write_benchmarks(folder: Path) -> Path:
             {
                 "question_id": f"{category}/{colour}.png",
                 "image": f"{colour}.png",
-                "question": f"Is the square {asked} in {category}? Please answer yes or no.",
+                "question": f"Is the {colour} square {asked} in {category}? Please answer yes or no.",
                 "answer": "Yes" if asked == colour else "No",
                 "category": category,
             }

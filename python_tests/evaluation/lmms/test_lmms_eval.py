@@ -23,8 +23,10 @@ JUDGED = {"mia_bench", "mmdu", "mathvista", "hallusionbench"}
 
 # A part of the question → the answer, right or wrong as the expected scores below count it.
 ANSWERS = {
-    "square red in color": "Yes",
-    "square green in color": "yes.",
+    "red square red in color": "Yes",
+    "red square purple in color": "No",
+    "green square green in color": "yes.",
+    "green square purple in color": "Yes",
     "square blue in code_reasoning": "Yes",
     "square purple in code_reasoning": "No",
     "Which colour has square 0": "A",

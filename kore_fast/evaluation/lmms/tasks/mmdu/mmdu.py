@@ -53,7 +53,7 @@ def doc_to_text(
     round_idx: int | None = None,
     previous_round_info: Any = None,
 ) -> Any:
-    """The first question; with a round's number (pictures so far, conversation so far, whether it ended, answers, None).
+    """The first question; for a later round (pictures so far, conversation so far, whether it ended, answers, None).
 
     The conversation is a list of (role, text) turns.
     """
