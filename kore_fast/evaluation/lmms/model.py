@@ -23,7 +23,7 @@ from kore_fast.progress import Progress, silent
 _BATCHES_AT_ONCE = 16
 
 
-class ModelInMemory(lmms):  # type: ignore[misc]
+class ModelInMemory(lmms):
     """A model and its processor, PEFT adapter and all, behind lmms-eval's interface.
 
     Answers are greedy whatever a task asks for, in batches of like length, and written to ``journal`` as they come, so

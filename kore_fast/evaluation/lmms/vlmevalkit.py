@@ -137,14 +137,13 @@ def _mme(rows: Rows) -> tuple[dict[str, float], float]:
     return figures, mme_points(figures["perception"], figures["reasoning"])
 
 
-def _cell(column: str, scale: float = 1, **where: str) -> Reader:
-    """A figure of the row where a column has a value; of the only row where none is asked for."""
+def _cell(column: str, scale: float = 1, where: tuple[str, str] | None = None) -> Reader:
+    """A figure of the row where a column has a value; without ``where`` of the only row."""
 
     def read(rows: Rows) -> tuple[dict[str, float], float]:
-        if not where and len(rows) != 1:
+        if where is None and len(rows) != 1:
             raise ValueError(f"{len(rows)} rows, expected one")
-        key = next(iter(where), "")
-        row = next(row for row in rows if not where or row[key] == where[key])
+        row = next(row for row in rows if where is None or row[where[0]] == where[1])
         return {column: float(row[column])}, scale * float(row[column])
 
     return read
@@ -159,15 +158,15 @@ def _hallusion(rows: Rows) -> tuple[dict[str, float], float]:
 # The multiple-choice files hold shares, the others percent.
 _READERS: dict[str, tuple[str, Reader]] = {
     "mme": ("_score.csv", _mme),
-    "mmbench": ("_acc.csv", _cell("Overall", 100, split="dev")),
+    "mmbench": ("_acc.csv", _cell("Overall", 100, ("split", "dev"))),
     "seedbench2_plus": ("_acc.csv", _cell("Overall", 100)),
     "ocrvqa": ("_acc.csv", _cell("Overall")),
-    "scienceqa": ("_acc.csv", _cell("Overall", 100, split="test")),
-    "mmmu": ("_acc.csv", _cell("Overall", 100, split="validation")),
-    "mia_bench": ("_*_score.csv", _cell("1", 100, **{"0": "total_score"})),
-    "mmdu": ("_*_score.csv", _cell("Overall Score", set="all")),
-    "mathvista": ("_*_score.csv", _cell("acc", **{"Task&Skill": "Overall"})),
-    "mathvision": ("_*_score.csv", _cell("acc", Subject="Overall")),
-    "pope": ("_score.csv", _cell("Overall", split="Overall")),
+    "scienceqa": ("_acc.csv", _cell("Overall", 100, ("split", "test"))),
+    "mmmu": ("_acc.csv", _cell("Overall", 100, ("split", "validation"))),
+    "mia_bench": ("_*_score.csv", _cell("1", 100, ("0", "total_score"))),
+    "mmdu": ("_*_score.csv", _cell("Overall Score", where=("set", "all"))),
+    "mathvista": ("_*_score.csv", _cell("acc", where=("Task&Skill", "Overall"))),
+    "mathvision": ("_*_score.csv", _cell("acc", where=("Subject", "Overall"))),
+    "pope": ("_score.csv", _cell("Overall", where=("split", "Overall"))),
     "hallusionbench": ("_score.csv", _hallusion),
 }
