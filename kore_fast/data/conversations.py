@@ -51,14 +51,18 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def encode(
-    processor: Any, messages: Sequence[tuple[str, str]], images: Sequence[Path] = (), *, answer_follows: bool = False
+    processor: Any,
+    messages: Sequence[tuple[str, str]],
+    images: Sequence[Path | Image.Image] = (),
+    *,
+    answer_follows: bool = False,
 ) -> Encoded:
     """Tokens of a conversation in the processor's own chat format.
 
     Args:
         messages: (role, text) with roles ``"user"`` and ``"assistant"``, perhaps ``"system"`` first; each ``<image>``
             in a text shows a picture.
-        images: the pictures' files, in the order of their marks.
+        images: the pictures or their files, in the order of their marks.
         answer_follows: end with the mark that opens an answer, for generation.
 
     Each answer is tokenised apart from its prompt, as it is when the model generates it. An answer's closing mark
@@ -112,7 +116,9 @@ def _render(processor: Any, turns: list[dict[str, str]], *, add_generation_promp
     return str(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path | Image.Image) -> Image.Image:
+    if isinstance(path, Image.Image):
+        return path.convert("RGB")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
