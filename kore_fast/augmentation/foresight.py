@@ -16,13 +16,13 @@ from kore_fast.augmentation.images.search import usual_rate
 from kore_fast.augmentation.language import LanguageModelWriter
 from kore_fast.augmentation.language.judge import LanguageModelJudge
 from kore_fast.augmentation.language.options import LanguageModelOptions
-from kore_fast.augmentation.language.prompting import count_tokens
-from kore_fast.augmentation.language.totals import money
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.augmentation.templates import TemplateWriter
 from kore_fast.augmentation.wordings import Wordings
 from kore_fast.augmentation.writer import Round
 from kore_fast.data.items import Item, load_items
+from kore_fast.endpoint.tokens import count_tokens
+from kore_fast.endpoint.totals import money
 from kore_fast.errors import DataError
 from kore_fast.progress import minutes
 

@@ -33,7 +33,6 @@ from kore_fast.augmentation.images import PictureSearch, Report
 from kore_fast.augmentation.images.search import normal_query
 from kore_fast.augmentation.language import LanguageModelWriter, RequestCache
 from kore_fast.augmentation.language.judge import LanguageModelJudge
-from kore_fast.augmentation.language.totals import money
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.augmentation.provenance import TEMPLATES
 from kore_fast.augmentation.templates import TemplateWriter
@@ -44,6 +43,7 @@ from kore_fast.data.images import MAX_PIXELS
 from kore_fast.data.items import Item, image_problem, load_items
 from kore_fast.data.questions import write_questions
 from kore_fast.data.samples import Written, stream_samples, write_samples, write_written
+from kore_fast.endpoint.totals import money
 from kore_fast.errors import DataError
 from kore_fast.files import inside, sha256_file, write_json, write_jsonl
 from kore_fast.progress import Progress, minutes, silent

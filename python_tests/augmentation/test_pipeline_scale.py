@@ -120,9 +120,9 @@ def _said(task: str, item: dict[str, Any], chance: random.Random) -> str:
 def fill(folder: Path, count: int) -> Path:
     """Items with a picture each, and a cache with the answers that a model would give."""
     from kore_fast.augmentation.language import LanguageModelWriter
-    from kore_fast.augmentation.language.cache import Reply
     from kore_fast.augmentation.plan import AugmentationPlan
     from kore_fast.data.items import Item
+    from kore_fast.endpoint.cache import Reply
 
     (folder / "images").mkdir(parents=True)
     plan = AugmentationPlan.model_validate({**MODEL, **SHAPE})
