@@ -228,6 +228,7 @@ _OF_SOME_KINDS = {
     "freeze_a",
     "lora_dropout",
     "null_covariance",
+    "projector_learning_rate",
     "rank",
     "weight_decay",
 }
@@ -237,6 +238,7 @@ _REASONS = {
     ("lora_fa", "freeze_a"): ", whose A is always frozen",
     ("mica", "freeze_a"): ", which freezes B and trains A",
     ("osf", "rank"): ", which takes effective_rank",
+    ("osf", "projector_learning_rate"): ", whose adapter in PEFT cannot hold a projector",
     **{
         (kind, "lora_dropout"): ", as what is taken out of the base has no dropout"
         for kind in ("pissa", "corda", "lora_null")

@@ -35,7 +35,7 @@ class LowRankMethod(AdapterMethod):
     """What all methods share whose adapter is a LoRA."""
 
     needs = frozenset({"rank"})
-    takes = frozenset({"alpha", "lora_dropout", "weight_decay"})
+    takes = frozenset({"alpha", "lora_dropout", "projector_learning_rate", "weight_decay"})
 
     def open(self, base: nn.Module, options: StartOptions, start: Path | None) -> nn.Module:
         assert start is not None
@@ -105,6 +105,7 @@ class Mica(LowRankMethod):
     lowest_peft = (0, 20)
 
     def make_start(self, base: nn.Module, options: StartOptions, folder: Path) -> PeftModel:
+        self.check_available()
         adapted = attach(base, options, init="mica")
         return save_as_plain(adapted, folder)
 
@@ -118,7 +119,7 @@ class Kore(LowRankMethod):
     kind = "kore"
     title = "KORE"
     starts = "null space"
-    takes = frozenset({"freeze_a"})
+    takes = frozenset({"freeze_a", "projector_learning_rate"})
     uses_covariance = True
 
 

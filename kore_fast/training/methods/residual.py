@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ _UNTRAINED = "untrained"
 class ResidualMethod(LowRankMethod):
     """What they share. Dropout is refused: s·B0·A0 of a masked input is not what was taken out."""
 
-    takes = frozenset({"alpha", "weight_decay"})
+    takes = frozenset({"alpha", "projector_learning_rate", "weight_decay"})
     # Without its adapter it computes W0 − s·B0·A0.
     shows_base = False
 
@@ -109,7 +110,14 @@ class Corda(ResidualMethod):
     takes = ResidualMethod.takes | {"corda_mode"}
     uses_covariance = True
 
+    def check_available(self) -> None:
+        super().check_available()
+        # PEFT's CorDA imports it, and PEFT does not ask for it.
+        if find_spec("attr") is None:
+            raise ConstraintError("PEFT's CorDA (kind 'corda') imports the package attrs: pip install attrs")
+
     def make_start(self, base: nn.Module, options: StartOptions, folder: Path) -> PeftModel:
+        self.check_available()
         from peft import LoraConfig
         from peft.tuners.lora.config import CordaConfig
         from peft.tuners.lora.corda import preprocess_corda

@@ -21,7 +21,7 @@ class Full(TrainingMethod):
     title = "full fine-tuning"
     starts = "nothing"
     saves = "model"
-    takes = frozenset({"weight_decay"})
+    takes = frozenset({"projector_learning_rate", "weight_decay"})
 
     def open(self, base: nn.Module, options: StartOptions, start: Path | None) -> nn.Module:
         for name in options.layers:
@@ -78,7 +78,6 @@ class Osf(AdapterMethod):
             OSFConfig(
                 effective_rank=options.effective_rank,
                 target_modules=options.target_modules,
-                modules_to_save=list(options.modules_to_save) if options.modules_to_save else None,
             ),
         )
 
