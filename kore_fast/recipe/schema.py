@@ -212,7 +212,7 @@ class Method(Section):
             if getattr(self, name) is None:
                 raise ValueError(f"kind {self.kind!r} needs a {name}")
         for name in sorted(_OF_SOME_KINDS - way.needs - way.takes):
-            if getattr(self, name) not in (None, 0.0):
+            if getattr(self, name) != type(self).model_fields[name].default:
                 reason = _REASONS.get((self.kind, name), "")
                 raise ValueError(f"{name!r} means nothing for {way.title}{reason}; leave it out")
         if isinstance(self.rank, dict) and self.kind != "kore":

@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -77,9 +76,7 @@ def each(*left_out: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def recipe(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, knowledge_folder: Path
-) -> Iterator[Recipe]:
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, knowledge_folder: Path) -> Recipe:
     """A recipe of all methods that can run here, taken through every stage."""
     folder = tmp_path_factory.mktemp("methods")
     text = recipe_text(tiny_model_folder, knowledge_folder)
@@ -87,7 +84,7 @@ def recipe(
     methods = "".join(f"  {name}: {options}\n" for name, options in OPTIONS.items() if here(name))
     (folder / "recipe.yaml").write_text(f"{text[:first]}methods:\n{methods}{text[last:]}")
     assert main(["run", str(folder), "--run", str(folder / "run"), "--set=training.steps=4"]) == 0
-    yield load_recipe(folder, {"training.steps": "4"})
+    return load_recipe(folder, {"training.steps": "4"})
 
 
 def run_of(recipe: Recipe) -> Path:

@@ -46,16 +46,16 @@ def ones(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("batch_size", [1, 4, 5])
 def test_replay_has_the_share_that_was_asked_for(share: float, batch_size: int) -> None:
     new, old = [9, 3, 7, 5, 8], [4, 6]
-    order = training_order(new, batch_size, 40, 3, old=old, share_old=share)
+    order = training_order(new, batch_size, 64, 3, old=old, share_old=share)
     drawn = [index for batch in order for index in batch]
     assert sum(index >= len(new) for index in drawn) == pytest.approx(share * len(drawn), abs=1)
-    for start in range(0, 40, 16):
+    for start in range(0, 64, 16):
         chunk = [index for batch in order[start : start + 16] for index in batch]
         assert sum(index >= len(new) for index in chunk) == pytest.approx(share * len(chunk), abs=1)
     assert set(drawn) == set(range(len(new) + len(old)))
     assert all(len(batch) == batch_size for batch in order)
-    assert order == training_order(new, batch_size, 40, 3, old=old, share_old=share)
-    assert order != training_order(new, batch_size, 40, 4, old=old, share_old=share)
+    assert order == training_order(new, batch_size, 64, 3, old=old, share_old=share)
+    assert order != training_order(new, batch_size, 64, 4, old=old, share_old=share)
 
 
 def test_without_replay_the_order_is_what_it_was() -> None:
