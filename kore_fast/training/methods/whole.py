@@ -62,8 +62,8 @@ def _difference(weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 
 class Osf(AdapterMethod):
     """OSF (arXiv 2504.07097), PEFT's own tuner: the large singular directions of each weight stay, the small ones are
-    trained and kept orthogonal to them. It saves the small ones, which are about as many parameters as the layers have,
-    for PEFT alone to load."""
+    trained by gradients orthogonal to them. It saves the small ones, which are about as many parameters as the layers
+    have, for PEFT alone to load."""
 
     kind = "osf"
     title = "OSF"
