@@ -24,7 +24,8 @@ def start_options(recipe: Recipe, method: Method, model: nn.Module, covariances:
     from kore_fast.training.methods.interface import StartOptions
 
     layers = select_linears(model, recipe.targets)
-    covariance, input_of = None, str
+    covariance: Callable[[str], torch.Tensor] | None = None
+    input_of: Callable[[str], str] = str
     if covariances is not None and method.way.uses_covariance:
         covariance, input_of = _covariance(recipe, method, model, layers, covariances)
     return StartOptions(

@@ -85,8 +85,8 @@ class _Trainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = self.method.optimizer(self.model, self.options)
+        if getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = self.method.optimizer(self.model, self.options)
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.options.projector_learning_rate
         if rate is not None:

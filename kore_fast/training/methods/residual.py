@@ -130,7 +130,7 @@ class Corda(ResidualMethod):
             )
             linear = base.get_submodule(name)
             C = options.covariance(name)
-            C = (C * (len(C) / C.trace())).to(linear.weight.device, torch.float32)  # type: ignore[operator, arg-type]
+            C = (C * (len(C) / C.trace())).to(linear.weight.device, torch.float32)  # type: ignore[arg-type]
             preprocess_corda(base, alone, run_model=partial(_hand_in, linear, C))
         adapted = attach(base, options, init="corda", corda_config=corda)
         for layer in lora_layers(adapted).values():

@@ -74,7 +74,7 @@ class Osf(AdapterMethod):
         from peft import OSFConfig
 
         return get_peft_model(
-            base,  # type: ignore[arg-type]
+            base,
             OSFConfig(
                 effective_rank=options.effective_rank,
                 target_modules=options.target_modules,

@@ -40,7 +40,7 @@ class Ewc:
             for fisher, change in self._layers:
                 # W − W0 of all layers at once would be as large as the model: each is made again for its gradient.
                 cost = checkpoint(_cost, fisher.to(device), change, use_reentrant=False, preserve_rng_state=False)
-                total = total + cost  # type: ignore[operator]
+                total = total + cost
         return 0.5 * self.strength * total / batch.batches
 
 
@@ -59,24 +59,24 @@ def diagonal_fisher(
         model: in evaluation mode; which of its parameters require gradients is as before when this returns.
         samples: keyword arguments of the model with ``labels``, one sample each.
     """
-    weights = [model.get_submodule(name).weight for name in layers]
+    weights: list[Any] = [model.get_submodule(name).weight for name in layers]
     before = [weight.requires_grad for weight in weights]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     count = 0
     for weight in weights:
-        weight.requires_grad_(True)  # type: ignore[operator]
+        weight.requires_grad_(True)
     try:
         for sample in samples:
             inputs = dict(sample)
             labels = inputs.pop("labels")[:, 1:]
             logits = model(**inputs).logits[:, :-1]
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
-            for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):  # type: ignore[arg-type]
+            for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
                 total.add_(gradient.float().square())
             count += 1
     finally:
         for weight, flag in zip(weights, before, strict=True):
-            weight.requires_grad_(flag)  # type: ignore[operator]
+            weight.requires_grad_(flag)
     return {name: total / max(1, count) for name, total in zip(layers, sums, strict=True)}
 
 
