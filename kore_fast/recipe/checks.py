@@ -21,6 +21,8 @@ def prepare(recipe: Recipe) -> None:
     from kore_fast.data.items import load_items
     from kore_fast.data.old_knowledge import read_pictures, read_texts
 
+    for method in recipe.methods.values():
+        method.way.check_available()
     load_items(recipe.resolve(recipe.items), skip=_ignore if recipe.augmentation.skip_bad_items else None)
     if recipe.model.build is not None:
         script = recipe.resolve(recipe.model.build)
@@ -66,6 +68,12 @@ def _check_ranks(recipe: Recipe) -> None:
             raise ConstraintError(
                 f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "
                 f"{tuple(shapes[narrowest])}; choose at most {min(shapes[narrowest])}"
+            )
+
+        if isinstance(method.effective_rank, int) and method.effective_rank >= min(shapes[narrowest]):
+            raise ConstraintError(
+                f"method {name!r}: effective_rank {method.effective_rank} keeps every direction of {narrowest} "
+                f"{tuple(shapes[narrowest])} as it is, nothing would be trained; choose fewer, or a share below 1"
             )
 
 
