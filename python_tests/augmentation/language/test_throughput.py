@@ -14,8 +14,7 @@ pytest.importorskip("openai", reason='needs openai: pip install "kore-fast[augme
 pytest.importorskip("json_repair", reason='needs json-repair: pip install "kore-fast[augment]"')
 
 from kore_fast.augmentation.language import LanguageModelOptions, LanguageModelWriter
-from python_tests.augmentation.language.server import Server
-from python_tests.augmentation.language.test_writer import PER_ITEM, items, options
+from python_tests.augmentation.language.test_writer import PER_ITEM, items
 
 SERVE = """
 import sys
@@ -48,34 +47,3 @@ def test_200_requests_a_second_without_latency(tmp_path: Path) -> None:
     assert totals["answers"] == 210 * PER_ITEM
     print(f"{200 * PER_ITEM / seconds:.0f} requests a second")
     assert 200 * PER_ITEM / seconds >= 200
-
-
-@pytest.mark.slow
-def test_10_000_items_come_from_the_cache_in_20_seconds(tmp_path: Path) -> None:
-    """Preparing again and reading all texts; the answers are put into the cache without a server."""
-    from kore_fast.endpoint.cache import Reply
-    from python_tests.augmentation.language.server import good_answer
-
-    many = items(10_000)
-    with Server() as server:
-        writer = LanguageModelWriter(options(server), tmp_path / "r.sqlite")
-        writer.cache._base.execute("pragma synchronous = off")
-        for item in many:
-            while missing := writer.texts(item).missing:
-                for request in missing:
-                    body = {"messages": request.messages}
-                    writer.take(request, Reply(good_answer(body), "stop", "m", 100, 10))
-    writer.cache.close()
-    start = time.perf_counter()
-    again = LanguageModelWriter(options(server), tmp_path / "r.sqlite")
-    totals = again.prepare(many)
-    prepared = time.perf_counter()
-    for item in many:
-        assert again.dialogue(item, 0)
-        assert again.dialogue(item, 1)
-        assert again.caption(item)
-        assert again.vqa(item)
-    seconds = time.perf_counter() - start
-    assert (totals["requests"], totals["cached"]) == (0, 10_000 * PER_ITEM)
-    print(f"{prepared - start:.1f} s to prepare again, {seconds:.1f} s in all")
-    assert seconds < 20
