@@ -102,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, as in training.steps=20"
         )
         command.add_argument("--verbose", action="store_true", help="say more about what is done")
+        if name == "run":
+            command.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="build the model without weights, say what the run takes and what is missing, and do nothing",
+            )
         if name in ("init", "train", "evaluate"):
             command.add_argument("--method", help="only this method of the recipe")
     spectrum = commands.add_parser("spectrum", help="covariances → how much room they leave, layer by layer")
@@ -170,6 +176,12 @@ def _run(options: argparse.Namespace) -> int:
     if not options.verbose:
         quiet_transformers()
     recipe = load_recipe(options.recipe, _overrides(options.set))
+    if getattr(options, "dry_run", False):
+        from kore_fast.recipe.dry_run import dry_run
+
+        found = dry_run(recipe)
+        print(f"{recipe.title or recipe.name}\n\n{found.text()}")
+        return 0 if found.passed else 1
     run = (options.run or Path("runs") / recipe.name).resolve()
     Ranks().by_first(lambda: prepare(recipe))
     stages = build_stages(recipe, run)

@@ -48,8 +48,9 @@ def calibration_batches(
     recipe: Recipe, name: str, source: CalibrationSource, processor: Any, folder: Path
 ) -> list[dict[str, Any]]:
     """Keyword arguments of the model; a chat source's from what `write_answers` left in ``folder``."""
-    from kore_fast.data.conversations import by_length, collate, encode, encode_texts, tokenizer_of
+    from kore_fast.data.conversations import by_length, collate, encode, encode_sample, encode_texts, tokenizer_of
     from kore_fast.data.old_knowledge import picture_prompts, read_pictures, read_texts, sample
+    from kore_fast.data.samples import stream_samples
     from kore_fast.evaluation.naming import OPENING, name_phrase
 
     assert recipe.covariance is not None
@@ -71,6 +72,12 @@ def calibration_batches(
         texts = read_texts(recipe.resolve(old.texts), held_out=False)
         chosen = sample([text.text for text in texts], source.samples, recipe.seed)
         encoded = encode_texts(processor, chosen, source.max_tokens)
+    elif source.kind == "samples":
+        assert source.file is not None, "the recipe's schema checks it"
+        file = recipe.resolve(source.file)
+        root = recipe.resolve(source.images) if source.images else file.parent
+        chosen_samples = sample(list(stream_samples(file)), source.samples, recipe.seed)
+        encoded = [encode_sample(processor, one, root) for one in chosen_samples]
     else:
         rows = [row for _, row in read_jsonl(folder / f"{name}.jsonl")]
         encoded = [encode(processor, [("user", r["question"]), ("assistant", r["answer"])]) for r in rows]

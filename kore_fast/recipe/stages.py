@@ -22,19 +22,19 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
     model = Path(recipe.model_path())
     models = [model] if model.exists() else []
     items = recipe.resolve(recipe.items)
-    name = recipe.model_path() if not models else ""
     stages = [augment_stage(items, recipe.augmentation, recipe.resolve, run, recipe.name)]
     covariances: list[Path] = []
     if recipe.covariance is not None:
         covariances = [run / "covariance"]
         old = [p for p in (recipe.old_knowledge.texts, recipe.old_knowledge.pictures) if p is not None]
+        old += [source.file for source in recipe.covariance.sources.values() if source.file is not None]
         stages.append(
             Stage(
                 "covariance",
                 options={
                     "covariance": recipe.covariance.model_dump(mode="json", exclude={"checkpoint_seconds"}),
                     "seed": recipe.seed,
-                    "model": name,
+                    **_base(recipe),
                     "precision": recipe.training.precision,
                 },
                 inputs=[*models, *_read(recipe, *old)],
@@ -88,20 +88,20 @@ def _method_stages(
     recipe: Recipe, run: Path, name: str, method: Method, models: list[Path], covariances: list[Path]
 ) -> Iterator[Stage]:
     init = run / "init" / recipe.start_of(name)
-    steps = method.steps or recipe.training.steps
-    shared = {"seed": recipe.seed_of(method), "model": recipe.model_path() if not models else ""}
+    steps = method.steps or recipe.training.steps or 0
+    shared = {"seed": recipe.seed_of(method), **_base(recipe)}
     if method.kind != "full" and recipe.start_of(name) == name:
         chosen = recipe.start_options(method)
         weights = recipe.source_weights
         yield Stage(
             f"init/{name}",
-            options={**shared, "method": chosen, "weights": weights, "targets": recipe.targets},
+            options={**shared, "method": chosen, "weights": weights, "targets": work.targets_key(recipe)},
             inputs=[*models, *covariances],
             work=lambda folder, progress: work.init(recipe, run, method, folder, progress),
             produces=("adapter_model.safetensors", "adapter_config.json", "leak.csv"),
             seconds=25,
         )
-    data = "samples.json" if method.samples == "augmented" else "knowledge.json"
+    data = work.samples_file(recipe, run, method)
     yield Stage(
         f"train/{name}",
         options={
@@ -112,13 +112,19 @@ def _method_stages(
         inputs=[
             *models,
             *([] if method.kind == "full" else [init]),
-            run / "augment" / data,
+            data,
             *_pictures_of(recipe.resolve(recipe.items)),
         ],
         work=lambda folder, progress: work.train(recipe, run, name, method, folder, progress),
         produces=("loss.csv", "model" if method.kind == "full" else "adapter"),
-        seconds=0.55 * steps * recipe.training.batch_size,
+        seconds=0.55 * steps * recipe.training.samples_a_step,
     )
+
+
+def _base(recipe: Recipe) -> dict[str, object]:
+    """What decides the model beside its folder's content."""
+    path = recipe.model_path()
+    return {"model": "" if Path(path).exists() else path, **recipe.model.model_dump(include={"dtype", "max_pixels"})}
 
 
 def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None, models: list[Path]) -> Stage:
@@ -129,7 +135,7 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
         options={
             "evaluation": recipe.evaluation.model_dump(mode="json"),
             "seed": recipe.seed,
-            "model": recipe.model_path() if not models else "",
+            **_base(recipe),
             "precision": recipe.training.precision,
         },
         inputs=[

@@ -46,11 +46,43 @@ def unanswered(folder: Path) -> str:
     return unanswered(read_json(folder / "summary.json"))
 
 
-def image_root(recipe: Recipe, run: Path) -> Path:
-    """The folder that the pictures of a recipe's samples are below."""
+def image_root(recipe: Recipe, run: Path, method: Method) -> Path:
+    """The folder that the pictures of a method's samples are below."""
     from kore_fast.augmentation.pipeline import image_root
 
-    return image_root(recipe.resolve(recipe.items), recipe.augmentation, run / "augment")
+    items = recipe.resolve(recipe.items)
+    if method.samples == "knowledge" or recipe.samples is None:
+        return image_root(items, recipe.augmentation, run / "augment")
+    return recipe.resolve(recipe.samples.images or recipe.samples.file.parent)
+
+
+def samples_file(recipe: Recipe, run: Path, method: Method) -> Path:
+    """What a method is trained on."""
+    if method.samples == "knowledge":
+        return run / "augment" / "knowledge.json"
+    return run / "augment" / "samples.json" if recipe.samples is None else recipe.resolve(recipe.samples.file)
+
+
+def targets_key(recipe: Recipe) -> Any:
+    """What decides the adapted layers, for a fingerprint."""
+    choice = recipe.covariance.layers if recipe.covariance else None
+    return recipe.targets if choice is None else [recipe.targets, choice.model_dump(mode="json")]
+
+
+def _model(recipe: Recipe, *, accelerated: bool = True) -> nn.Module:
+    """The model that a run starts from, where there is a GPU on it; under a Trainer that is Trainer's to do."""
+    from kore_fast.modules.loading import load_model
+
+    model = load_model(recipe.model_path(), getattr(torch, recipe.model.dtype))
+    if accelerated and torch.cuda.is_available():
+        return model.to(torch.device("cuda", torch.cuda.current_device()))
+    return model
+
+
+def _processor(recipe: Recipe) -> Any:
+    from kore_fast.modules.loading import load_processor
+
+    return load_processor(recipe.model_path(), recipe.model.max_pixels)
 
 
 def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
@@ -58,18 +90,17 @@ def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
     interrupted continues from its checkpoint."""
     from kore_fast.constraint import CovarianceStore, collect_covariance
     from kore_fast.constraint.collection import warn_if_few_tokens
-    from kore_fast.modules.loading import load_model, load_processor
 
     assert recipe.covariance is not None
     team = Ranks()
     with team.sharing_errors():
-        processor = load_processor(recipe.model_path())
+        processor = _processor(recipe)
     model: nn.Module | None = None
     for name, source in recipe.covariance.sources.items():
         path, checkpoint = folder / f"{name}.safetensors", folder / f"{name}.checkpoint"
         if not team.by_first(path.exists):
             with team.sharing_errors():
-                model = model or load_model(recipe.model_path())
+                model = model or _model(recipe)
             if source.kind == "chat":
                 team.by_first(partial(write_answers, recipe, name, source, model, processor, folder, progress))
             with team.sharing_errors():
@@ -78,7 +109,7 @@ def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
                 model,
                 batches,
                 source=name,
-                target_modules=recipe.targets,
+                target_modules=recipe.targets_of(model),
                 about=source.model_dump(mode="json"),
                 max_memory=recipe.covariance.max_memory,
                 checkpoint=checkpoint,
@@ -109,14 +140,13 @@ def _finish_start(recipe: Recipe, run: Path, method: Method, folder: Path) -> No
     from kore_fast.constraint import CovarianceStore
     from kore_fast.constraint.leak import LayerLeak, leak_report
     from kore_fast.modules.adapter import METADATA, lora_layers
-    from kore_fast.modules.loading import load_model
 
     rows: list[dict[str, Any]] = []
     if method.kind == "kore":
         shutil.rmtree(folder / _FACTORS, ignore_errors=True)
         rows = read_json(folder / METADATA)["leaks"]
     else:
-        model = load_model(recipe.model_path())
+        model = _model(recipe)
         adapted = _lora_start(recipe, method, model)
         if recipe.covariance:
             store = CovarianceStore.load(run / "covariance")
@@ -137,22 +167,21 @@ _FACTORS = "factors.checkpoint"
 def _kore_start(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Progress) -> None:
     from kore_fast.constraint import CovarianceStore, KoreConfig, get_kore_model
     from kore_fast.constraint.factors import Solve
-    from kore_fast.modules.loading import load_model
 
     assert method.rank is not None
+    with Ranks().sharing_errors():
+        model, store = _model(recipe), CovarianceStore.load(run / "covariance")
     config = KoreConfig(
         rank=method.rank,
-        target_modules=recipe.targets,
+        target_modules=recipe.targets_of(model),
         source_weights=recipe.source_weights,
         train_a=not method.frozen_a,
-        modules_to_save=method.trained_whole,
+        modules_to_save=recipe.trained_whole(method),
     )
 
     def show(solves: Sequence[Solve]) -> Iterable[Solve]:
         return progress(solves, sum(solve.cost for solve in solves), "null spaces", lambda solve: solve.cost)
 
-    with Ranks().sharing_errors():
-        model, store = load_model(recipe.model_path()), CovarianceStore.load(run / "covariance")
     get_kore_model(model, config, store, checkpoint=folder / _FACTORS, save_to=folder, progress=show)
 
 
@@ -163,13 +192,13 @@ def _lora_start(recipe: Recipe, method: Method, model: nn.Module) -> PeftModel:
     from kore_fast.modules.adapter import as_kore_model, model_lora_a_hash
 
     assert isinstance(method.rank, int)
-    names = select_linears(model, recipe.targets)
+    names = select_linears(model, recipe.targets_of(model))
     config = LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha or method.rank,
         lora_dropout=method.lora_dropout,
         target_modules=target_pattern(names, [name for name, _ in model.named_modules()]),
-        modules_to_save=method.trained_whole,
+        modules_to_save=recipe.trained_whole(method),
     )
     torch.manual_seed(recipe.seed_of(method))
     adapted = get_peft_model(model, config)
@@ -183,22 +212,26 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
     """Start and samples → a trained adapter (or a whole model), and the loss log."""
     from kore_fast.data.conversations import ConversationDataset
     from kore_fast.data.samples import read_samples
-    from kore_fast.modules.loading import load_model, load_processor
     from kore_fast.training.loop import TrainingOptions, train, write_loss
 
-    data = run / "augment" / ("samples.json" if method.samples == "augmented" else "knowledge.json")
-    root = image_root(recipe, run)
-    dataset = ConversationDataset(load_processor(recipe.model_path()), read_samples(data, root), root)
-    model = load_model(recipe.model_path())
+    data, root = samples_file(recipe, run, method), image_root(recipe, run, method)
+    dataset = ConversationDataset(_processor(recipe), read_samples(data, root), root)
+    model = _model(recipe, accelerated=False)
     if method.kind == "full":
-        model = _unfreeze(model, recipe.targets, projector=method.projector_learning_rate is not None)
+        model = _unfreeze(model, recipe.targets_of(model), recipe.trained_whole(method) or [])
     else:
         model = _load_adapter(model, run / "init" / recipe.start_of(name), is_trainable=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # A step is smaller than bfloat16's spacing.
+            parameter.data = parameter.data.float()
     options = TrainingOptions(
         learning_rate=method.learning_rate,
-        steps=method.steps or recipe.training.steps,
+        steps=method.steps or recipe.training.steps_for(len(dataset.samples)),
         batch_size=recipe.training.batch_size,
         accumulation=recipe.training.accumulation,
+        per_device=recipe.training.per_device,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
         warmup_ratio=recipe.training.warmup_ratio,
         weight_decay=method.weight_decay,
         seed=recipe.seed_of(method),
@@ -217,7 +250,7 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
             "trained_parameters": trained,
             "samples": method.samples,
             "sample_count": len(dataset.samples),
-            "batch_size": recipe.training.batch_size * recipe.training.accumulation,
+            "batch_size": recipe.training.samples_a_step,
             "steps": options.steps,
             "learning_rate": options.learning_rate,
             "rank": method.rank,
@@ -232,7 +265,7 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
     from kore_fast.data.old_knowledge import capital_questions, read_pictures, read_texts, sample
     from kore_fast.data.questions import read_questions
     from kore_fast.evaluation.suite import Suite, evaluate
-    from kore_fast.modules.loading import load_model, load_processor
+    from kore_fast.modules.loading import load_model
 
     options, old = recipe.evaluation, recipe.old_knowledge
     questions = read_questions(run / "augment" / "questions.jsonl")
@@ -252,20 +285,20 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
         batch_size=options.batch_size,
         bf16=recipe.bf16(),
     )
-    base = load_model(recipe.model_path())
+    base = _model(recipe)
     settings: dict[str, Any] = {}
     model = base
     if method is not None:
         trained = run / "train" / name
         settings = read_json(trained / "settings.json")
         if method.kind == "full":
-            model = load_model(trained / "model")
+            model = load_model(trained / "model").to(next(base.parameters()).device)
         else:
-            model = _load_adapter(load_model(recipe.model_path()), trained / "adapter").merge_and_unload()  # type: ignore[operator]
+            model = _load_adapter(_model(recipe), trained / "adapter").merge_and_unload()  # type: ignore[operator]
     metrics = evaluate(
         model,
         base,
-        load_processor(recipe.model_path()),
+        _processor(recipe),
         suite,
         folder,
         base_folder=None if method is None else run / "evaluate" / BASE,
@@ -301,16 +334,15 @@ def _load_adapter(model: nn.Module, folder: Path, *, is_trainable: bool = False)
     return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
 
 
-def _unfreeze(model: nn.Module, targets: str | list[str] | None, *, projector: bool) -> nn.Module:
+def _unfreeze(model: nn.Module, targets: str | list[str] | None, whole: Sequence[str]) -> nn.Module:
     """Full fine-tuning of the linears that adapters would be put on; the head and embeddings stay."""
     from kore_fast.constraint import select_linears
 
     for name in select_linears(model, targets):
         model.get_submodule(name).requires_grad_(True)
-    if projector:
-        for name, parameter in model.named_parameters():
-            if "multi_modal_projector" in name:
-                parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if any(f".{module}." in f".{name}" for module in whole):
+            parameter.requires_grad_(True)
     return model
 
 
