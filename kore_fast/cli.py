@@ -24,7 +24,7 @@ STAGES = {
     "report": "figures, tables and the HTML page",
 }
 # What the processes of torchrun share; everything else would be done by each of them.
-_SHARED = ("covariance", "init")
+_SHARED = ("covariance", "init", "train")
 # Those of `kore-fast spectrum` when none is given.
 _RANKS = (16, 64, 256)
 
@@ -74,8 +74,8 @@ def _refuse_several_processes(command: str) -> None:
 
     if Ranks().world > 1 and command not in _SHARED:
         raise RecipeError(
-            f"{command}: run by one process here; only {' and '.join(_SHARED)} share their work over the processes of "
-            f"torchrun. Give `kore-fast {command}` without torchrun"
+            f"{command}: run by one process here; only {', '.join(_SHARED[:-1])} and {_SHARED[-1]} share their work "
+            f"over the processes of torchrun. Give `kore-fast {command}` without torchrun"
         )
 
 

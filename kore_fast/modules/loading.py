@@ -42,7 +42,7 @@ def load_processor(path: str | Path, max_pixels: int | None = None) -> Any:
             processor = PictureProcessor.from_pretrained(str(path))
         except (OSError, ValueError):
             return AutoTokenizer.from_pretrained(str(path))
-    pictures = getattr(processor, "image_processor", None)
+    pictures: Any = getattr(processor, "image_processor", None)
     if max_pixels is not None and hasattr(pictures, "merge_size"):
         smallest = min(int(dict(pictures.size).get("shortest_edge") or max_pixels), max_pixels)
         # The names that transformers 4 and 5 read.

@@ -166,14 +166,15 @@ def check_ranks(recipe: Recipe, model: nn.Module) -> None:
     from kore_fast.constraint import select_linears
     from kore_fast.constraint.ranks import parse_rank_choice
 
-    shapes = {name: model.get_submodule(name).weight.shape for name in select_linears(model, recipe.targets_of(model))}
+    layers = {name: model.get_submodule(name) for name in select_linears(model, recipe.targets_of(model))}
+    shapes = {name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()}  # type: ignore[arg-type]
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
     for name, method in recipe.methods.items():
         lowest = None if method.rank is None else parse_rank_choice(method.rank).lowest
         if lowest is not None and lowest > min(shapes[narrowest]):
             raise ConstraintError(
                 f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "
-                f"{tuple(shapes[narrowest])}; choose at most {min(shapes[narrowest])}"
+                f"{shapes[narrowest]}; choose at most {min(shapes[narrowest])}"
             )
 
 

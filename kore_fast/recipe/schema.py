@@ -244,6 +244,17 @@ class SamplesSection(Section):
     """How many there are, for a dry run before they are there."""
 
 
+class After(Section):
+    """An earlier run, on which this one goes on: it starts from that run's model, and its old knowledge counts too."""
+
+    run: Path
+    """Its folder."""
+    method: str = "kore"
+    """Of that run: the adapter that is in the model from the start."""
+    weights: dict[str, Annotated[Number, Field(ge=0)]] = {}
+    """Of that run's covariance sources; default 1 each."""
+
+
 class EvaluationSection(Section):
     """What is measured on every method and on the base."""
 
@@ -274,6 +285,9 @@ class Recipe(Section):
     model: ModelSection
     items: Path
     augmentation: AugmentationPlan = AugmentationPlan()
+    after: After | None = None
+    """Inject on top of an earlier run. Its covariances are taken over, those of ``covariance`` are added to them: give
+    the earlier run's samples there, as a source of kind ``samples``, to keep what it has injected."""
     samples: SamplesSection | None = None
     """What is trained on instead of the augmentation's samples."""
     where: dict[str, str] = {}
@@ -296,6 +310,8 @@ class Recipe(Section):
         given: dict[str, Path | None] = {"items": self.items, "model.config": self.model.config, **old}
         if self.samples is not None:
             given |= {"samples.file": self.samples.file, "samples.images": self.samples.images}
+        if self.after is not None:
+            given["after.run"] = self.after.run
         for name, source in (self.covariance.sources if self.covariance else {}).items():
             key = f"covariance.sources.{name}"
             given |= {f"{key}.file": source.file, f"{key}.images": source.images}
@@ -327,7 +343,10 @@ class Recipe(Section):
     @property
     def source_weights(self) -> dict[str, float] | None:
         """Weight of each source in the covariance."""
-        return {name: s.weight for name, s in self.covariance.sources.items()} if self.covariance else None
+        if self.covariance is None:
+            return None
+        earlier = self.after.weights if self.after is not None else {}
+        return {**earlier, **{name: s.weight for name, s in self.covariance.sources.items()}}
 
     def bf16(self) -> bool:
         """Whether to compute in bfloat16 on this machine."""
@@ -383,7 +402,8 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Read a recipe: a YAML file, or a folder with ``recipe.yaml``.
 
-    ``extends: other.yaml`` starts from another recipe and changes what is given; a method or a source set to null is dropped.
+    ``extends: other.yaml`` starts from another recipe and changes what is given; a method or a source that is set to
+    null is dropped.
 
     Args:
         overrides: dotted key → YAML value, as from ``--set training.steps=20``.

@@ -21,11 +21,14 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
     """Every stage of the recipe, in an order in which each finds its inputs made."""
     model = Path(recipe.model_path())
     models = [model] if model.exists() else []
+    if recipe.after is not None:
+        models.append(work.earlier_adapter(recipe))
     items = recipe.resolve(recipe.items)
     stages = [augment_stage(items, recipe.augmentation, recipe.resolve, run, recipe.name)]
     covariances: list[Path] = []
     if recipe.covariance is not None:
         covariances = [run / "covariance"]
+        earlier = [work.earlier_covariance(recipe)] if recipe.after is not None else []
         old = [p for p in (recipe.old_knowledge.texts, recipe.old_knowledge.pictures) if p is not None]
         old += [source.file for source in recipe.covariance.sources.values() if source.file is not None]
         stages.append(
@@ -37,7 +40,7 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
                     **_base(recipe),
                     "precision": recipe.training.precision,
                 },
-                inputs=[*models, *_read(recipe, *old)],
+                inputs=[*models, *earlier, *_read(recipe, *old)],
                 work=lambda folder, progress: work.covariance(recipe, folder, progress),
                 produces=[f"{source}.safetensors" for source in recipe.covariance.sources],
                 seconds=60,

@@ -1,6 +1,7 @@
 """The work of each stage: it reads files, calls the rooms below, writes files. Stages meet nowhere else.
 
-Under torchrun each process calls the work of ``covariance`` and ``init``; what only one may do is `by_first`'s.
+Under torchrun each process calls the work of ``covariance``, ``init`` and ``train``; what only one may do is
+`by_first`'s.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import csv
 import io
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,10 +74,28 @@ def _model(recipe: Recipe, *, accelerated: bool = True) -> nn.Module:
     """The model that a run starts from, where there is a GPU on it; under a Trainer that is Trainer's to do."""
     from kore_fast.modules.loading import load_model
 
-    model = load_model(recipe.model_path(), getattr(torch, recipe.model.dtype))
+    dtype = getattr(torch, recipe.model.dtype)
+    if recipe.after is None:
+        model = load_model(recipe.model_path(), dtype)
+    else:
+        # Summed in float32 and rounded once.
+        adapted: Any = _load_adapter(load_model(recipe.model_path()), earlier_adapter(recipe))
+        model = adapted.merge_and_unload().to(dtype).eval().requires_grad_(False)
     if accelerated and torch.cuda.is_available():
         return model.to(torch.device("cuda", torch.cuda.current_device()))
     return model
+
+
+def earlier_adapter(recipe: Recipe) -> Path:
+    """The adapter that an earlier run has trained, which this one starts with."""
+    assert recipe.after is not None
+    return recipe.resolve(recipe.after.run) / "train" / recipe.after.method / "adapter"
+
+
+def earlier_covariance(recipe: Recipe) -> Path:
+    """The earlier run's store."""
+    assert recipe.after is not None
+    return recipe.resolve(recipe.after.run) / "covariance"
 
 
 def _processor(recipe: Recipe) -> Any:
@@ -120,7 +139,24 @@ def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
             )
         # Of a process that was killed just after it had saved, or of another number of processes.
         team.by_first(partial(shutil.rmtree, checkpoint, ignore_errors=True))
+    if recipe.after is not None:
+        with team.sharing_errors():
+            model = model or _model(recipe)
+        team.by_first(partial(_take_over, earlier_covariance(recipe), folder, model))
     team.by_first(lambda: warn_if_few_tokens(CovarianceStore.load(folder)))
+
+
+def _take_over(earlier: Path, folder: Path, model: nn.Module) -> None:
+    """An earlier run's sums beside this one's, as they were measured: through the model before its adapter, which lies
+    in their null space and so leaves the next layer's input of old knowledge nearly as it was."""
+    from kore_fast.constraint import CovarianceStore
+    from kore_fast.constraint.fingerprint import model_fingerprint
+
+    for file in sorted(earlier.glob("*.safetensors")):
+        if (folder / file.name).exists():
+            continue
+        store = CovarianceStore.load(file)
+        replace(store, model=model_fingerprint(model, store.layers)).save(folder / file.name)
 
 
 def init(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Progress) -> None:
@@ -241,23 +277,51 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = train(model, dataset, options, folder / "checkpoints", progress=progress, label=f"train {name}")
-    model.save_pretrained(str(folder / ("model" if method.kind == "full" else "adapter")))  # type: ignore[operator]
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)
-    write_loss(folder / "loss.csv", rows)
-    write_json(
-        folder / "settings.json",
-        {
-            "trained_parameters": trained,
-            "samples": method.samples,
-            "sample_count": len(dataset.samples),
-            "batch_size": recipe.training.samples_a_step,
-            "steps": options.steps,
-            "learning_rate": options.learning_rate,
-            "rank": method.rank,
-            "frozen_a": method.kind != "full" and method.frozen_a,
-        },
-    )
-    shutil.rmtree(folder / "checkpoints")
+    _save_trained(model, folder / ("model" if method.kind == "full" else "adapter"))
+    settings = {
+        "trained_parameters": trained,
+        "samples": method.samples,
+        "sample_count": len(dataset.samples),
+        "batch_size": recipe.training.samples_a_step,
+        "steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "rank": ", ".join(f"{k}={v}" for k, v in method.rank.items()) if isinstance(method.rank, dict) else method.rank,
+        "frozen_a": method.kind != "full" and method.frozen_a,
+    }
+
+    def finish() -> None:
+        if recipe.after is not None and method.kind != "full":
+            from kore_fast.modules.combining import combine_adapters
+
+            shutil.rmtree(folder / "combined", ignore_errors=True)
+            combine_adapters(earlier_adapter(recipe), folder / "adapter", folder / "combined")
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)
+        write_loss(folder / "loss.csv", rows)
+        write_json(folder / "settings.json", settings)
+        shutil.rmtree(folder / "checkpoints")
+
+    Ranks().by_first(finish)
+
+
+def _save_trained(model: nn.Module, folder: Path) -> None:
+    """What was trained, by one process; where parameters are spread over processes, gathered from all of them."""
+    from peft import PeftModel
+
+    from kore_fast.modules.adapter import KorePeftModel, adapter_state
+    from kore_fast.modules.saving import save_kore_adapter
+    from kore_fast.modules.sharding import first_rank, is_sharded, plain_name, whole
+
+    if isinstance(model, KorePeftModel):
+        save_kore_adapter(model, folder)
+        return
+    given: dict[str, Any] = {}
+    if is_sharded(model):
+        if isinstance(model, PeftModel):
+            given["state_dict"] = adapter_state(model)
+        else:
+            given["state_dict"] = {plain_name(name): whole(p).detach().cpu() for name, p in model.named_parameters()}
+    if first_rank():
+        model.save_pretrained(str(folder), **given)  # type: ignore[operator]
 
 
 def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder: Path, progress: Progress) -> None:

@@ -35,6 +35,7 @@ from kore_fast.files import write_text
 from kore_fast.modules.adapter import KorePeftModel, check_lora_a, refuse_weight_decay
 from kore_fast.modules.sharding import place_among_ranks, sum_over_ranks
 from kore_fast.progress import Progress, silent
+from kore_fast.training.callback import KoreCallback
 
 LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 _CHECKPOINT_FILES = ("*model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
@@ -180,7 +181,8 @@ def train(
     lengths = _lengths(dataset, rank, processes)
     per_step = options.batch_size * options.accumulation
     order = training_order(lengths, options.batch_size, options.steps * options.accumulation, options.seed)
-    steps = [sum(order[at : at + options.accumulation], []) for at in range(0, len(order), options.accumulation)]
+    firsts = range(0, len(order), options.accumulation)
+    steps = [[index for batch in order[at : at + options.accumulation] for index in batch] for at in firsts]
     at_a_time, rounds = share_of_step(per_step, options.per_device or options.batch_size, processes)
     dataset.order = slots(steps, lengths, at_a_time * rounds, processes)
     pad = tokenizer_of(dataset.processor).pad_token_id
@@ -219,8 +221,14 @@ def train(
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[_ShowSteps(progress, options.steps, label)],
+        callbacks=[
+            _ShowSteps(progress, options.steps, label),
+            # Whole checkpoints, and A as it was, where accelerate spreads the model over processes.
+            *([KoreCallback()] if processes > 1 and isinstance(model, KorePeftModel) else []),
+        ],
     )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        _refuse_to_continue(folder)
     trainer.options = options
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -242,6 +250,15 @@ def train(
         for row in trainer.state.log_history
         if "loss" in row
     ]
+
+
+def _refuse_to_continue(folder: Path) -> None:
+    left = next(folder.glob("checkpoint-*"), None)
+    if left is not None:
+        raise ConstraintError(
+            f"{left}: left by an interrupted run; training that FSDP2 or ZeRO-3 spread over processes cannot continue "
+            f"from there yet. Move {folder} away to start anew, or train under DDP, which continues"
+        )
 
 
 def share_of_step(samples: int, most: int, processes: int) -> tuple[int, int]:

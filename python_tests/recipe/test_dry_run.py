@@ -1,4 +1,4 @@
-"""A dry run: the paper's numbers from the recipes, without weights or a hub, and what is wrong before anything is paid."""
+"""A dry run: the paper's numbers from the recipes, without weights or a hub, and what is wrong before it costs."""
 
 from __future__ import annotations
 
