@@ -26,7 +26,7 @@ STAGES = {
     "report": "figures, tables and the HTML page",
 }
 # What the processes of torchrun share; everything else would be done by each of them.
-_SHARED = ("covariance", "init")
+_SHARED = ("covariance", "init", "train")
 # Those of `kore-fast spectrum` when none is given.
 _RANKS = (16, 64, 256)
 
@@ -78,8 +78,8 @@ def _refuse_several_processes(command: str) -> None:
 
     if Ranks().world > 1 and command not in _SHARED:
         raise RecipeError(
-            f"{command}: run by one process here; only {' and '.join(_SHARED)} share their work over the processes of "
-            f"torchrun. Give `kore-fast {command}` without torchrun"
+            f"{command}: run by one process here; only {', '.join(_SHARED[:-1])} and {_SHARED[-1]} share their work "
+            f"over the processes of torchrun. Give `kore-fast {command}` without torchrun"
         )
 
 
@@ -107,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, as in training.steps=20"
         )
         command.add_argument("--verbose", action="store_true", help="say more about what is done")
+        if name == "run":
+            command.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="build the model without weights, say what the run takes and what is missing, and do nothing",
+            )
         if name in ("init", "train", "evaluate"):
             command.add_argument("--method", help="only this method of the recipe")
         if name == "evaluate":
@@ -210,6 +216,12 @@ def _run(options: argparse.Namespace) -> int:
     if not options.verbose:
         quiet_transformers()
     recipe = load_recipe(options.recipe, _overrides(options.set))
+    if getattr(options, "dry_run", False):
+        from kore_fast.recipe.dry_run import dry_run
+
+        found = dry_run(recipe)
+        print(f"{recipe.title or recipe.name}\n\n{found.text()}")
+        return 0 if found.passed else 1
     run = (options.run or Path("runs") / recipe.name).resolve()
     Ranks().by_first(lambda: prepare(recipe))
     stages = build_stages(recipe, run)

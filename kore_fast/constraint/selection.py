@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -67,6 +68,37 @@ def select_linears(model: nn.Module, target_modules: str | Sequence[str] | None 
                 f"{name}: target_modules matches a {type(modules[name]).__name__}; only nn.Linear can be constrained"
             )
     return names
+
+
+Depth = Literal["all", "first third", "middle third", "last third"]
+Part = Literal["all", "attention", "mlp"]
+
+
+def narrow(names: Sequence[str], depth: Depth = "all", part: Part = "all") -> list[str]:
+    """Of linears in numbered blocks (``model.layers.3.mlp.up_proj``), those of a third of the blocks or a part of each.
+
+    The thirds are by number, with the remainder in the later ones: 32 blocks are 10, 11 and 11.
+
+    Raises:
+        ConstraintError: a name has no number of a block, or nothing is left.
+    """
+    found = {name: _INDEXED.fullmatch(name) for name in names}
+    strange = next((name for name, match in found.items() if match is None), None)
+    if strange is not None:
+        raise ConstraintError(f"{strange}: not in a numbered block, so it cannot be chosen by its depth or part")
+    block = {name: int(name[match.end(1) + 1 :].partition(".")[0]) for name, match in found.items() if match}
+    count = max(block.values(), default=-1) + 1
+    edges = [count * third // 3 for third in range(4)]
+    thirds: dict[str, tuple[int, int]] = {
+        name: (edges[i], edges[i + 1]) for i, name in enumerate(("first third", "middle third", "last third"))
+    }
+    low, high = thirds.get(depth, (0, count))
+    kept = [
+        name for name in names if low <= block[name] < high and (part == "all" or (".mlp." in name) == (part == "mlp"))
+    ]
+    if not kept:
+        raise ConstraintError(f"no layer is left: {len(names)} layers in {count} blocks have no {depth} of {part}")
+    return kept
 
 
 def target_pattern(names: Sequence[str], all_names: Iterable[str]) -> str | list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,11 @@ class Encoded:
     kinds: torch.Tensor
     """(T,) int8: PROMPT, PICTURE or ANSWER."""
     pixel_values: torch.Tensor | None
-    """(images, 3, height, width), None without a picture."""
+    """(images, 3, height, width), or (patches, values) where pictures keep their own size; None without a picture."""
+    image_grid_thw: torch.Tensor | None = None
+    """(images, 3): each picture's patches in time, height and width, where pictures keep their own size."""
+    typed: bool = False
+    """Whether the model wants to be told which tokens are a picture's (``mm_token_type_ids``)."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -67,7 +71,9 @@ def encode(
         answer_follows: end with the mark that opens an answer, for generation.
 
     Each answer is tokenised apart from its prompt, as it is when the model generates it. An answer's closing mark
-    belongs to the answer: the model learns to stop.
+    belongs to the answer: the model learns to stop. Where a chat template closes an answer without any (LLaVA-1.5's
+    does), the tokenizer's end of sequence does, as in LLaVA's own training. What the tokenizer puts before every text
+    (Llama's ``<s>``) stands first.
 
     Raises:
         DataError: as many ``<image>`` as pictures are wanted; a chat template that rewrites what stands before an
@@ -75,7 +81,10 @@ def encode(
     """
     texts: list[tuple[str, int]] = []
     shown = ""
-    turns = [{"role": role, "content": text} for role, text in messages]
+    tokenizer = tokenizer_of(processor)
+    mark = str(getattr(processor, "image_token", IMAGE))
+    split = _wants_lists(processor, mark)
+    turns = [{"role": role, "content": _parts(text) if split else text} for role, text in messages]
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
@@ -83,17 +92,22 @@ def encode(
         whole = _render(processor, turns[: index + 1], add_generation_prompt=False)
         if not (prompt.startswith(shown) and whole.startswith(prompt)):
             raise DataError("the model's chat template changes earlier turns as a conversation grows; not supported")
-        texts += [(prompt[len(shown) :], PROMPT), (whole[len(prompt) :], ANSWER)]
+        texts += [
+            (prompt[len(shown) :], PROMPT),
+            (_closed(whole[len(prompt) :], messages[index][1], tokenizer), ANSWER),
+        ]
         shown = whole
     if answer_follows:
         texts.append((_render(processor, turns, add_generation_prompt=True)[len(shown) :], PROMPT))
-    tokenizer = tokenizer_of(processor)
-    pieces: list[torch.Tensor] = []
-    kinds: list[torch.Tensor] = []
+    opening = _opening(tokenizer, texts[0][0] if texts else "")
+    pieces: list[torch.Tensor] = [torch.tensor(opening, dtype=torch.int64)] if opening else []
+    kinds: list[torch.Tensor] = [torch.full((len(opening),), PROMPT, dtype=torch.int8)] if opening else []
     pictures: list[torch.Tensor] = []
+    grids: list[torch.Tensor] = []
+    typed = False
     waiting = list(images)
     for text, kind in texts:
-        if marks := text.count(IMAGE):
+        if marks := text.count(mark):
             shown_here, waiting = waiting[:marks], waiting[marks:]
             if len(shown_here) < marks:
                 raise DataError(f"{len(images)} picture(s), but more {IMAGE} marks in the conversation")
@@ -101,19 +115,72 @@ def encode(
             inputs = processor(text=[text], images=opened, return_tensors="pt", add_special_tokens=False)
             ids = inputs["input_ids"][0]
             pictures.append(inputs["pixel_values"])
+            grids += [inputs["image_grid_thw"]] if "image_grid_thw" in inputs else []
+            typed = typed or "mm_token_type_ids" in inputs
             piece_kinds = torch.full_like(ids, kind, dtype=torch.int8)
-            piece_kinds[ids == tokenizer.convert_tokens_to_ids(IMAGE)] = PICTURE
+            piece_kinds[ids == tokenizer.convert_tokens_to_ids(mark)] = PICTURE
         else:
-            ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+            ids = torch.tensor(_tokens(tokenizer, text, goes_on=kind == ANSWER), dtype=torch.int64)
             piece_kinds = torch.full_like(ids, kind, dtype=torch.int8)
         pieces.append(ids)
         kinds.append(piece_kinds)
     if waiting:
         raise DataError(f"{len(images)} picture(s), but only {len(images) - len(waiting)} {IMAGE} mark(s)")
-    return Encoded(torch.cat(pieces), torch.cat(kinds), torch.cat(pictures) if pictures else None)
+    return Encoded(
+        torch.cat(pieces),
+        torch.cat(kinds),
+        torch.cat(pictures) if pictures else None,
+        torch.cat(grids) if grids else None,
+        typed,
+    )
 
 
-def _render(processor: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+def _wants_lists(processor: Any, mark: str) -> bool:
+    """Whether the chat template puts a picture's mark itself, and so must be told where pictures are."""
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if not isinstance(template, str):
+        return False
+    return mark != IMAGE or ("type" in template and "is string" not in template)
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """A turn as a list of texts and pictures. The line break that LLaVA's format has after a mark is the template's."""
+    parts = []
+    for number, piece in enumerate(text.split(IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _closed(rendered: str, answer: str, tokenizer: Any) -> str:
+    """A rendered answer with a mark that closes it: the template's, or else the end of sequence."""
+    mark = rendered.rpartition(answer.strip())[2].strip()
+    return rendered if mark or tokenizer.eos_token is None else rendered.rstrip() + str(tokenizer.eos_token)
+
+
+def _opening(tokenizer: Any, text: str) -> list[int]:
+    """The token that the tokenizer puts before every text, where the template has not put it."""
+    first = tokenizer.bos_token_id
+    if first is None or text.startswith(tokenizer.bos_token) or tokenizer("a")["input_ids"][0] != first:
+        return []
+    return [first]
+
+
+def _tokens(tokenizer: Any, text: str, *, goes_on: bool = False) -> list[int]:
+    """Tokens of a text by itself; of one that goes on after another without the space that SentencePiece puts first."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not goes_on:
+        return ids
+    before, joined = (list(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (":", f":{text}"))
+    return joined[len(before) :] if joined[: len(before)] == before else ids
+
+
+def _render(processor: Any, turns: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
     return str(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
@@ -149,7 +216,9 @@ def encode_texts(processor: Any, texts: Sequence[str], max_tokens: int) -> list[
     tokenizer = tokenizer_of(processor)
     encoded = []
     for text in texts:
-        ids = torch.tensor(tokenizer(text.replace(IMAGE, ""), add_special_tokens=False)["input_ids"][:max_tokens])
+        text = text.replace(IMAGE, "")
+        opened = [*_opening(tokenizer, text), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = torch.tensor(opened[:max_tokens])
         if len(ids) > 1:
             encoded.append(Encoded(ids, torch.full_like(ids, ANSWER, dtype=torch.int8), None))
     return encoded
@@ -195,6 +264,11 @@ def collate(
     pictures = [e.pixel_values for e in batch if e.pixel_values is not None]
     if pictures:
         inputs["pixel_values"] = torch.cat(pictures)
+    grids = [e.image_grid_thw for e in batch if e.image_grid_thw is not None]
+    if grids:
+        inputs["image_grid_thw"] = torch.cat(grids)
+    if any(e.typed for e in batch):
+        inputs["mm_token_type_ids"] = padded([(e.kinds == PICTURE).long() for e in batch], 0)
     return inputs
 
 
@@ -254,8 +328,24 @@ def _shuffled_forever(n: int, rng: random.Random) -> Iterator[int]:
         yield from order
 
 
+def slots(order: Sequence[Sequence[int]], lengths: Sequence[int], batch_size: int, processes: int) -> list[int]:
+    """The steps of a run laid out for several processes, each of which takes every ``processes``-th batch.
+
+    Args:
+        order: the samples of each step, the same ones however many processes share them.
+        batch_size: that a process takes of a step, over all its rounds. Where the processes have more places than the
+            step has samples, its shortest stands in: ``~i`` is sample i without a loss (`ConversationDataset`).
+    """
+    laid = []
+    for step in order:
+        short = min(step, key=lambda i: lengths[i])
+        laid += [*step, *[~short] * (batch_size * processes - len(step))]
+    return laid
+
+
 class ConversationDataset(Dataset[Encoded]):
-    """Samples in the order in which a run trains on them, encoded when asked for.
+    """Samples in the order in which a run trains on them, encoded when asked for; ``~i`` in the order is sample i with
+    nothing to learn in it.
 
     Nothing is kept, so that memory does not grow with the data; only ``old`` samples to replay, which are few, are held
     as they are. Their indices go on from those of the samples.
@@ -270,15 +360,21 @@ class ConversationDataset(Dataset[Encoded]):
         self.old = list(old)
         self.order = list(range(len(self.samples)))
 
-    def lengths(self) -> list[int]:
+    def lengths(self, part: slice = slice(None)) -> list[int]:
         """Tokens of each sample; encodes every one, so a broken picture or template shows before training starts."""
-        return [len(encode_sample(self.processor, sample, self.image_root)) for sample in self.samples]
+        return [len(encode_sample(self.processor, sample, self.image_root)) for sample in self.samples[part]]
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> Encoded:
         place = self.order[index]
-        if place >= len(self.samples):
-            return self.old[place - len(self.samples)]
-        return encode_sample(self.processor, self.samples[place], self.image_root)
+        encoded = self._encoded(place if place >= 0 else ~place)
+        if place >= 0:
+            return encoded
+        return replace(encoded, kinds=torch.where(encoded.kinds == ANSWER, PROMPT, encoded.kinds).to(torch.int8))
+
+    def _encoded(self, number: int) -> Encoded:
+        if number >= len(self.samples):
+            return self.old[number - len(self.samples)]
+        return encode_sample(self.processor, self.samples[number], self.image_root)

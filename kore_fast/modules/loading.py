@@ -22,14 +22,33 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load_processor(path: str | Path) -> Any:
-    """The model's processor, or its tokenizer where it has no pictures."""
+def load_processor(path: str | Path, max_pixels: int | None = None) -> Any:
+    """The model's processor, or its tokenizer where it has no pictures.
+
+    Args:
+        max_pixels: of a picture as it is passed on, where the processor takes pictures of any size.
+    """
     from transformers import AutoProcessor, AutoTokenizer
 
+    processor: Any
     try:
-        return AutoProcessor.from_pretrained(str(path))
-    except (OSError, ValueError, ImportError):
-        return AutoTokenizer.from_pretrained(str(path))
+        processor = AutoProcessor.from_pretrained(str(path))
+    except (OSError, ValueError, ImportError) as error:
+        from kore_fast.modules.picture_processor import PictureProcessor
+
+        try:
+            if not isinstance(error, ImportError):
+                raise ValueError("not for want of a library") from error
+            processor = PictureProcessor.from_pretrained(str(path))
+        except (OSError, ValueError):
+            return AutoTokenizer.from_pretrained(str(path))
+    pictures: Any = getattr(processor, "image_processor", None)
+    if max_pixels is not None and hasattr(pictures, "merge_size"):
+        smallest = min(int(dict(pictures.size).get("shortest_edge") or max_pixels), max_pixels)
+        # The names that transformers 4 and 5 read.
+        pictures.size = {"shortest_edge": smallest, "longest_edge": max_pixels}
+        pictures.min_pixels, pictures.max_pixels = smallest, max_pixels
+    return processor
 
 
 def load_model(path: str | Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> nn.Module:

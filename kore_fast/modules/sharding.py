@@ -55,3 +55,19 @@ def wait_for_ranks() -> None:
     """Until every rank is here; nothing where there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+def place_among_ranks() -> tuple[int, int]:
+    """(this process's rank, how many there are)."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's CPU tensor; the tensor itself where there is one rank."""
+    if place_among_ranks()[1] == 1:
+        return values
+    on_cpu = "cpu:" in str(dist.distributed_c10d.get_backend_config())
+    summed = values.clone() if on_cpu else values.to(torch.device("cuda", torch.cuda.current_device()))
+    dist.all_reduce(summed)
+    return summed.cpu()

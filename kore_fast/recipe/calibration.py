@@ -67,8 +67,9 @@ def calibration_samples(
     recipe: Recipe, name: str, source: CalibrationSource, processor: Any, folder: Path
 ) -> list[Encoded]:
     """A source's samples; a chat source's from what `write_answers` left in ``folder``."""
-    from kore_fast.data.conversations import encode, encode_texts
+    from kore_fast.data.conversations import encode, encode_sample, encode_texts
     from kore_fast.data.old_knowledge import picture_prompts, read_pictures, read_texts, sample
+    from kore_fast.data.samples import stream_samples
     from kore_fast.evaluation.naming import OPENING, name_phrase
 
     old = recipe.old_knowledge
@@ -89,6 +90,12 @@ def calibration_samples(
         texts = read_texts(recipe.resolve(old.texts), held_out=False)
         chosen = sample([text.text for text in texts], source.samples, recipe.seed)
         return encode_texts(processor, chosen, source.max_tokens)
+    if source.kind == "samples":
+        assert source.file is not None, "the recipe's schema checks it"
+        file = recipe.resolve(source.file)
+        root = recipe.resolve(source.images) if source.images else file.parent
+        chosen_samples = sample(list(stream_samples(file)), source.samples, recipe.seed)
+        return [encode_sample(processor, one, root) for one in chosen_samples]
     rows = [row for _, row in read_jsonl(folder / f"{name}.jsonl")]
     return [encode(processor, [("user", r["question"]), ("assistant", r["answer"])]) for r in rows]
 

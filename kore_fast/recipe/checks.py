@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from kore_fast.errors import ConstraintError, RecipeError
+from kore_fast.files import read_json
 from kore_fast.recipe.schema import Recipe
+
+# Of a saved configuration, what says nothing about the architecture.
+_ASIDE = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "_attn_implementation"}
 
 
 def prepare(recipe: Recipe) -> None:
@@ -23,6 +30,9 @@ def prepare(recipe: Recipe) -> None:
 
     for method in recipe.methods.values():
         method.way.check_available()
+    missing = missing_data(recipe)
+    if missing and recipe.where:
+        raise RecipeError("; ".join(missing))
     load_items(recipe.resolve(recipe.items), skip=_ignore if recipe.augmentation.skip_bad_items else None)
     if recipe.model.build is not None:
         script = recipe.resolve(recipe.model.build)
@@ -43,38 +53,152 @@ def prepare(recipe: Recipe) -> None:
         evoke = recipe.resolve(recipe.evaluation.evoke)
         questions = read_evoke_questions(evoke, check_images=False)[: recipe.evaluation.evoke_questions]
         check_question_images(evoke, questions)
-    _check_ranks(recipe)
+    model = model_without_weights(recipe, given=True)
+    check_ranks(recipe, model)
+    check_projector(recipe, model)
 
 
-def _check_ranks(recipe: Recipe) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def missing_data(recipe: Recipe) -> list[str]:
+    """What the recipe names and is not there: a sentence for all that comes from one place, with where to get it."""
+    lacking: dict[str, list[str]] = {}
+    for key, path in recipe.data().items():
+        there = recipe.resolve(path)
+        if not there.exists():
+            hint = recipe.where_to_get(path) or "correct the path or put it there"
+            lacking.setdefault(hint, []).append(f"{key}: {there}")
+    return [f"not there: {', '.join(paths)}; {hint}" for hint, paths in lacking.items()]
 
+
+def model_without_weights(recipe: Recipe, *, given: bool = False) -> nn.Module:
+    """The recipe's model on the meta device: by its own configuration where it can be had, else by ``model.config``.
+
+    Args:
+        given: the model itself must be there.
+
+    Raises:
+        RecipeError: neither is to be had, transformers knows no such model, or the two differ; names what differs.
+    """
+    config = _own_config(recipe, given=given)
+    if recipe.model.config is not None:
+        told = _told_config(recipe.resolve(recipe.model.config))
+        if config is not None:
+            different = differences(told.to_dict(), config.to_dict())
+            if different:
+                raise RecipeError(
+                    f"model.config: {recipe.model.path} is another model than {recipe.model.config} says: "
+                    + "; ".join(different[:5])
+                )
+        config = config or told
+    assert config is not None, "without model.config the model's own is asked for"
+    return _build(config, recipe.model.path)
+
+
+def _own_config(recipe: Recipe, *, given: bool) -> Any:
+    from transformers import AutoConfig
+
+    folder = Path(recipe.model_path())
+    if not folder.exists() and recipe.model.config is not None and not given:
+        return None  # a dry run needs no hub
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        hint = recipe.where_to_get(recipe.model.path)
+        raise RecipeError(
+            f"model.path: no model that transformers loads at {folder} ({reason})" + (f"; {hint}" if hint else "")
+        ) from None
+
+
+def _told_config(file: Path) -> Any:
+    from transformers import AutoConfig
+
+    values = read_json(file)
+    kind = values.pop("model_type", None) if isinstance(values, dict) else None
+    values.pop("//", None)
+    try:
+        return AutoConfig.for_model(str(kind), **values)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(f"model.config: {file}: not a model that this transformers knows ({reason:.200})") from None
+
+
+def _build(config: Any, path: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return family.from_config(config).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(f"model.path: no model that transformers loads at {path} ({reason})") from None
+
+
+# What a linear's shape and number follow from, in the language model or the vision tower.
+_DIMENSIONS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "depth",
+    "num_heads",
+    "out_hidden_size",
+    "patch_size",
+    "spatial_merge_size",
+    "image_size",
+    "tie_word_embeddings",
+)
+
+
+def differences(told: dict[str, Any], own: dict[str, Any], where: str = "") -> list[str]:
+    """What of the architecture differs between two configurations, a phrase each."""
+    found = []
+    for key, value in told.items():
+        if key not in own or key in _ASIDE:
+            continue
+        place = f"{where}{key}"
+        if isinstance(value, dict) and isinstance(own[key], dict):
+            found += differences(value, own[key], f"{place}.")
+        elif key in _DIMENSIONS and value != own[key]:
+            found.append(f"{place} is {own[key]}, not {value}")
+    return found
+
+
+def check_ranks(recipe: Recipe, model: nn.Module) -> None:
+    """Raises `ConstraintError` where a method's rank is larger than the width of a layer, or no layer is found."""
     from kore_fast.constraint import select_linears
     from kore_fast.constraint.ranks import parse_rank_choice
 
-    try:
-        config = AutoConfig.from_pretrained(recipe.model_path())
-        family = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = family.from_config(config)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RecipeError(f"model.path: no model that transformers loads at {recipe.model_path()} ({reason})") from None
-    shapes = {name: model.get_submodule(name).weight.shape for name in select_linears(model, recipe.targets)}
+    layers = {name: model.get_submodule(name) for name in select_linears(model, recipe.targets_of(model))}
+    shapes = {name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()}  # type: ignore[arg-type]
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
     for name, method in recipe.methods.items():
         lowest = None if method.rank is None else parse_rank_choice(method.rank).lowest
         if lowest is not None and lowest > min(shapes[narrowest]):
             raise ConstraintError(
                 f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "
-                f"{tuple(shapes[narrowest])}; choose at most {min(shapes[narrowest])}"
+                f"{shapes[narrowest]}; choose at most {min(shapes[narrowest])}"
             )
-
         if isinstance(method.effective_rank, int) and method.effective_rank >= min(shapes[narrowest]):
             raise ConstraintError(
                 f"method {name!r}: effective_rank {method.effective_rank} keeps every direction of {narrowest} "
-                f"{tuple(shapes[narrowest])} as it is, nothing would be trained; choose fewer, or a share below 1"
+                f"{shapes[narrowest]} as it is, nothing would be trained; choose fewer, or a share below 1"
             )
+
+
+def check_projector(recipe: Recipe, model: nn.Module) -> None:
+    """Raises `RecipeError` where a method trains the projector and the model has none of the recipe's name."""
+    wanted = recipe.model.projector
+    trains = [name for name, method in recipe.methods.items() if method.projector_learning_rate is not None]
+    if trains and not any(f".{name}".endswith(f".{wanted}") for name, _ in model.named_modules()):
+        raise RecipeError(
+            f"method {trains[0]!r} trains the projector, but {type(model).__name__} has no module {wanted!r}: set "
+            "model.projector to its name"
+        )
 
 
 def _ignore(problem: str) -> None:

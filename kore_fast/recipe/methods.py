@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kore_fast.errors import StoreError
+from kore_fast.recipe.materials import processor_of
 from kore_fast.recipe.schema import Method, Recipe
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def start_options(recipe: Recipe, method: Method, model: nn.Module, covariances:
     from kore_fast.constraint.selection import select_linears, target_pattern
     from kore_fast.training.methods.interface import StartOptions
 
-    layers = select_linears(model, recipe.targets)
+    layers = select_linears(model, recipe.targets_of(model))
     covariance: Callable[[str], torch.Tensor] | None = None
     input_of: Callable[[str], str] = str
     if covariances is not None and method.way.uses_covariance:
@@ -35,7 +36,7 @@ def start_options(recipe: Recipe, method: Method, model: nn.Module, covariances:
         alpha=method.alpha,
         lora_dropout=method.lora_dropout,
         frozen_a=method.frozen_a,
-        modules_to_save=method.trained_whole,
+        modules_to_save=recipe.trained_whole(method),
         seed=recipe.seed_of(method),
         covariance=covariance,
         input_of=input_of,
@@ -59,11 +60,10 @@ def _covariance(
     if method.kind != "lora_null" or method.null_covariance == "store":
         return (lambda layer: store.covariance(layer, recipe.source_weights)), store.group_of
     from kore_fast.data.conversations import collate, tokenizer_of
-    from kore_fast.modules.loading import load_processor
     from kore_fast.recipe.calibration import old_samples
     from kore_fast.training.methods.residual import released_covariances
 
-    processor = load_processor(recipe.model_path())
+    processor = processor_of(recipe)
     pad = tokenizer_of(processor).pad_token_id
     samples = [{**collate([encoded], pad), "logits_to_keep": 1} for encoded in old_samples(recipe, processor, folder)]
     return released_covariances(model, samples, layers, store.group_of), store.group_of
@@ -87,7 +87,7 @@ def fisher(
         chosen = sample(old, method.ewc.samples, recipe.seed)
         batches = (collate([encoded], pad, labels=True) for encoded in chosen)
         folder.mkdir(parents=True, exist_ok=True)
-        save_fisher(path, diagonal_fisher(model, select_linears(model, recipe.targets), batches))
+        save_fisher(path, diagonal_fisher(model, select_linears(model, recipe.targets_of(model)), batches))
     return load_fisher(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from torch import nn
 
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.augmentation.plan import AugmentationPlan
@@ -86,6 +88,15 @@ class ModelSection(Section):
     """A folder, or a hub name."""
     build: Path | None = None
     """A Python file that makes the folder when it is missing or stale; called with ``--output <path>``."""
+    config: Path | None = None
+    """The architecture as transformers' configuration in JSON: a dry run builds the model from it without weights, and
+    the weights, when they are there, must have it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in memory. A and B are float32 in any case."""
+    projector: str = "multi_modal_projector"
+    """Name (or its end) of the module that brings pictures into the language model."""
+    max_pixels: Count | None = None
+    """Of a picture as the processor passes it on, where it takes pictures of any size (Qwen2.5-VL)."""
 
 
 class OldKnowledge(Section):
@@ -102,8 +113,9 @@ class OldKnowledge(Section):
 class CalibrationSource(Section):
     """Samples of one kind of old knowledge for the covariance."""
 
-    kind: Literal["text", "chat", "pictures"]
-    """``text``: passages. ``chat``: questions with the model's own answers. ``pictures``: pictures with their names."""
+    kind: Literal["text", "chat", "pictures", "samples"]
+    """``text``: passages. ``chat``: questions with the model's own answers. ``pictures``: pictures with their names.
+    ``samples``: conversations of ``file``."""
     samples: Count = 128
     max_tokens: Count = 128
     """Of a text, or of a generated answer."""
@@ -111,6 +123,25 @@ class CalibrationSource(Section):
     """Of this source in the mix, see `CovarianceStore.covariance`."""
     positions: dict[Literal["prompt", "picture", "answer"], Annotated[Number, Field(ge=0)]] = {}
     """Weight of a position by what it is; default 1."""
+    file: Path | None = None
+    """Of kind ``samples``: conversations in LLaVA's format, of which ``samples`` are drawn by the recipe's seed."""
+    images: Path | None = None
+    """The folder that their pictures are below; default the file's."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CalibrationSource:
+        if (self.kind == "samples") != (self.file is not None):
+            raise ValueError("kind 'samples' and a 'file' go together")
+        return self
+
+
+class LayerChoice(Section):
+    """Which of the layers are constrained and adapted; what is left out stays as it is."""
+
+    depth: Literal["all", "first third", "middle third", "last third"] = "all"
+    """Of the decoder's blocks; of 32, the thirds are blocks 0-10, 11-21 and 22-31."""
+    part: Literal["all", "attention", "mlp"] = "all"
+    """Of a block."""
 
 
 class CovarianceSection(Section):
@@ -123,6 +154,8 @@ class CovarianceSection(Section):
     checkpoint_seconds: Annotated[Number, Field(ge=0)] = 120.0
     """Least time between two checkpoints of a source; 0 for one after every batch."""
     target_modules: str | list[str] | None = None
+    layers: LayerChoice | None = None
+    """Which of those layers; default all."""
 
 
 class EwcSection(Section):
@@ -187,11 +220,6 @@ class Method(Section):
         return self.kind in ("kore", "lora_fa") if self.freeze_a is None else self.freeze_a
 
     @property
-    def trained_whole(self) -> list[str] | None:
-        """Modules that are trained in full beside the adapter."""
-        return ["multi_modal_projector"] if self.projector_learning_rate is not None else None
-
-    @property
     def old_samples(self) -> str | None:
         """The option that needs samples of old knowledge, if there is one."""
         return "replay" if self.replay is not None else "ewc" if self.ewc is not None else None
@@ -248,13 +276,60 @@ _REASONS = {
 class TrainingSection(Section):
     """Settings that all methods share."""
 
-    steps: Count
+    steps: Count | None = None
+    epochs: Positive | None = None
+    """Instead of ``steps``: how often each sample is seen; the steps are ⌈samples · epochs / samples a step⌉."""
     batch_size: Count = 8
     accumulation: Count = 1
+    """``batch_size`` · ``accumulation`` samples make a step, the same ones on however many processes."""
+    per_device: Count | None = None
+    """Samples that one process takes at a time, at most; default ``batch_size``. It changes memory, not the step."""
+    gradient_checkpointing: bool = False
+    """Compute each block's forward pass again in the backward one instead of keeping it: a third more time."""
     warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``auto``: bfloat16 where the machine computes in it."""
     checkpoint_every: Count = 25
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give one of 'steps' and 'epochs'")
+        return self
+
+    @property
+    def samples_a_step(self) -> int:
+        """Over all processes."""
+        return self.batch_size * self.accumulation
+
+    def steps_for(self, samples: int) -> int:
+        """Of a run over so many samples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return math.ceil(samples * self.epochs / self.samples_a_step)
+
+
+class SamplesSection(Section):
+    """Training samples that are there already, such as KORE-74K, instead of what an augmentation would write."""
+
+    file: Path
+    """In LLaVA's format."""
+    images: Path | None = None
+    """The folder that their pictures are below; default the file's."""
+    count: Count | None = None
+    """How many there are, for a dry run before they are there."""
+
+
+class After(Section):
+    """An earlier run, on which this one goes on: it starts from that run's model, and its old knowledge counts too."""
+
+    run: Path
+    """Its folder."""
+    method: str = "kore"
+    """Of that run: the adapter that is in the model from the start."""
+    weights: dict[str, Annotated[Number, Field(ge=0)]] = {}
+    """Of that run's covariance sources; default 1 each."""
 
 
 class StudyJob(Section):
@@ -318,6 +393,13 @@ class Recipe(Section):
     model: ModelSection
     items: Path
     augmentation: AugmentationPlan = AugmentationPlan()
+    after: After | None = None
+    """Inject on top of an earlier run. Its covariances are taken over, those of ``covariance`` are added to them: give
+    the earlier run's samples there, as a source of kind ``samples``, to keep what it has injected."""
+    samples: SamplesSection | None = None
+    """What is trained on instead of the augmentation's samples."""
+    where: dict[str, str] = {}
+    """File or folder → where to get it, for what does not come with the recipe."""
     old_knowledge: OldKnowledge = OldKnowledge()
     covariance: CovarianceSection | None = None
     methods: dict[str, Method]
@@ -331,15 +413,49 @@ class Recipe(Section):
         """A path of the recipe, relative to its folder."""
         return (self.base_folder / path).resolve()
 
+    def data(self) -> dict[str, Path]:
+        """Key → every file and folder that it names and does not make itself."""
+        old = {f"old_knowledge.{key}": getattr(self.old_knowledge, key) for key in OldKnowledge.model_fields}
+        given: dict[str, Path | None] = {"items": self.items, "model.config": self.model.config, **old}
+        if self.samples is not None:
+            given |= {"samples.file": self.samples.file, "samples.images": self.samples.images}
+        if self.after is not None:
+            given["after.run"] = self.after.run
+        for name, source in (self.covariance.sources if self.covariance else {}).items():
+            key = f"covariance.sources.{name}"
+            given |= {f"{key}.file": source.file, f"{key}.images": source.images}
+        return {key: path for key, path in given.items() if path is not None}
+
+    def where_to_get(self, path: Path | str) -> str:
+        """What the recipe says about a file that is missing; empty where it says nothing."""
+        wanted = self.resolve(path)
+        for named, text in self.where.items():
+            there = self.resolve(named)
+            if there == wanted or there in wanted.parents or named == str(path):
+                return text
+        return ""
+
     @property
     def targets(self) -> str | list[str] | None:
-        """The layers that are constrained or adapted, see `select_linears`."""
+        """The layers that are constrained or adapted, before ``covariance.layers`` chooses; see `select_linears`."""
         return self.covariance.target_modules if self.covariance else None
+
+    def targets_of(self, model: nn.Module) -> str | list[str] | None:
+        """`targets`; where ``covariance.layers`` chooses among them, their names in this model."""
+        from kore_fast.constraint.selection import narrow, select_linears
+
+        choice = self.covariance.layers if self.covariance else None
+        if choice is None:
+            return self.targets
+        return narrow(select_linears(model, self.targets), choice.depth, choice.part)
 
     @property
     def source_weights(self) -> dict[str, float] | None:
         """Weight of each source in the covariance."""
-        return {name: s.weight for name, s in self.covariance.sources.items()} if self.covariance else None
+        if self.covariance is None:
+            return None
+        earlier = self.after.weights if self.after is not None else {}
+        return {**earlier, **{name: s.weight for name, s in self.covariance.sources.items()}}
 
     def bf16(self) -> bool:
         """Whether to compute in bfloat16 on this machine."""
@@ -353,13 +469,17 @@ class Recipe(Section):
         """Of a random A and of the order of samples."""
         return self.seed if method.seed is None else method.seed
 
+    def trained_whole(self, method: Method) -> list[str] | None:
+        """Modules that are trained in full beside the adapter."""
+        return [self.model.projector] if method.projector_learning_rate is not None else None
+
     def start_options(self, method: Method) -> dict[str, Any]:
         """What decides the adapter that a method starts from."""
         chosen = {"kind", "rank", "alpha", "lora_dropout", "corda_mode", "null_covariance"}
         options = method.model_dump(mode="json", include=chosen)
         # A null space has no chance in it.
         seed = None if method.kind == "kore" else self.seed_of(method)
-        return {**options, "frozen_a": method.frozen_a, "whole": method.trained_whole, "seed": seed}
+        return {**options, "frozen_a": method.frozen_a, "whole": self.trained_whole(method), "seed": seed}
 
     def start_of(self, name: str) -> str:
         """The method whose start ``name`` trains from: the first with the same options for it, so that a grid of
@@ -396,10 +516,12 @@ class Recipe(Section):
                 raise ValueError(
                     f"study: {named[0]!r} names a method that is not there; methods: {', '.join(sorted(known))}"
                 )
+        if self.model.dtype != "float32" and self.training.precision == "fp32":
+            raise ValueError("model.dtype bfloat16 computes in bfloat16: leave training.precision at auto or bf16")
         if self.covariance is not None:
             needs = {"text": "texts", "chat": "texts", "pictures": "pictures"}
             for name, source in self.covariance.sources.items():
-                if getattr(self.old_knowledge, needs[source.kind]) is None:
+                if source.kind in needs and getattr(self.old_knowledge, needs[source.kind]) is None:
                     raise ValueError(f"covariance source {name!r} needs old_knowledge.{needs[source.kind]}")
         return self
 
@@ -407,7 +529,8 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Read a recipe: a YAML file, or a folder with ``recipe.yaml``.
 
-    ``extends: other.yaml`` starts from another recipe and changes what is given; a method set to null is dropped.
+    ``extends: other.yaml`` starts from another recipe and changes what is given; a method or a source that is set to
+    null is dropped.
 
     Args:
         overrides: dotted key → YAML value, as from ``--set training.steps=20``.
@@ -420,9 +543,10 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     values = _read(file, ())
     for key, text in (overrides or {}).items():
         _override(values, key, text, file)
-    methods = values.get("methods")
-    if isinstance(methods, dict):
-        values["methods"] = {name: method for name, method in methods.items() if method is not None}
+    covariance = values.get("covariance")
+    for section, key in ((values, "methods"), (covariance, "sources")):
+        if isinstance(section, dict) and isinstance(section.get(key), dict):
+            section[key] = {name: value for name, value in section[key].items() if value is not None}
     if isinstance(values.get("study"), dict) and values["study"].pop("jobs", None) is not None:
         raise RecipeError(f"{file}: study.jobs follows from the methods; leave it out")
     try:

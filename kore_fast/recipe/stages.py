@@ -13,6 +13,7 @@ from kore_fast.data.items import load_items
 from kore_fast.errors import DataError
 from kore_fast.files import inside, read_jsonl
 from kore_fast.recipe import work
+from kore_fast.recipe.materials import earlier_adapter, earlier_covariance, samples_file, targets_key
 from kore_fast.recipe.runner import Stage
 from kore_fast.recipe.schema import BASE, Method, Recipe
 
@@ -23,23 +24,26 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
     """Every stage of the recipe, in an order in which each finds its inputs made."""
     model = Path(recipe.model_path())
     models = [model] if model.exists() else []
+    if recipe.after is not None:
+        models.append(earlier_adapter(recipe))
     items = recipe.resolve(recipe.items)
-    name = recipe.model_path() if not models else ""
     stages = [augment_stage(items, recipe.augmentation, recipe.resolve, run, recipe.name)]
     covariances: list[Path] = []
     if recipe.covariance is not None:
         covariances = [run / "covariance"]
+        earlier = [earlier_covariance(recipe)] if recipe.after is not None else []
         old = [p for p in (recipe.old_knowledge.texts, recipe.old_knowledge.pictures) if p is not None]
+        old += [source.file for source in recipe.covariance.sources.values() if source.file is not None]
         stages.append(
             Stage(
                 "covariance",
                 options={
                     "covariance": recipe.covariance.model_dump(mode="json", exclude={"checkpoint_seconds"}),
                     "seed": recipe.seed,
-                    "model": name,
+                    **_base(recipe),
                     "precision": recipe.training.precision,
                 },
-                inputs=[*models, *_read(recipe, *old)],
+                inputs=[*models, *earlier, *_read(recipe, *old)],
                 work=lambda folder, progress: work.covariance(recipe, folder, progress),
                 produces=[f"{source}.safetensors" for source in recipe.covariance.sources],
                 seconds=60,
@@ -90,8 +94,8 @@ def _method_stages(
     recipe: Recipe, run: Path, name: str, method: Method, models: list[Path], covariances: list[Path]
 ) -> Iterator[Stage]:
     init = run / "init" / recipe.start_of(name)
-    steps = method.steps or recipe.training.steps
-    shared = {"seed": recipe.seed_of(method), "model": recipe.model_path() if not models else ""}
+    steps = method.steps or recipe.training.steps or 0
+    shared = {"seed": recipe.seed_of(method), **_base(recipe)}
     starts = method.way.starts != "nothing"
     old = [p for p in (recipe.old_knowledge.texts, recipe.old_knowledge.pictures) if p is not None]
     # LoRA-Null's released form reads the samples themselves again.
@@ -101,13 +105,13 @@ def _method_stages(
         weights = recipe.source_weights
         yield Stage(
             f"init/{name}",
-            options={**shared, "method": chosen, "weights": weights, "targets": recipe.targets},
+            options={**shared, "method": chosen, "weights": weights, "targets": targets_key(recipe)},
             inputs=[*models, *covariances, *(_read(recipe, *old) if again else [])],
             work=lambda folder, progress: work.init(recipe, run, method, folder, progress),
             produces=("adapter_model.safetensors", "adapter_config.json", "leak.csv"),
             seconds=25,
         )
-    data = "samples.json" if method.samples == "augmented" else "knowledge.json"
+    data = samples_file(recipe, run, method)
     yield Stage(
         f"train/{name}",
         options={
@@ -119,13 +123,19 @@ def _method_stages(
             *models,
             *([init] if starts else []),
             *([*covariances, *_read(recipe, *old)] if method.old_samples else []),
-            run / "augment" / data,
+            data,
             *_pictures_of(recipe.resolve(recipe.items)),
         ],
         work=lambda folder, progress: work.train(recipe, run, name, method, folder, progress),
         produces=("loss.csv", method.way.saves),
-        seconds=0.55 * steps * recipe.training.batch_size,
+        seconds=0.55 * steps * recipe.training.samples_a_step,
     )
+
+
+def _base(recipe: Recipe) -> dict[str, object]:
+    """What decides the model beside its folder's content."""
+    path = recipe.model_path()
+    return {"model": "" if Path(path).exists() else path, **recipe.model.model_dump(include={"dtype", "max_pixels"})}
 
 
 def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None, models: list[Path]) -> Stage:
@@ -136,7 +146,7 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
         options={
             "evaluation": recipe.evaluation.model_dump(mode="json"),
             "seed": recipe.seed,
-            "model": recipe.model_path() if not models else "",
+            **_base(recipe),
             "precision": recipe.training.precision,
         },
         inputs=[

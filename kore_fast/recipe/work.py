@@ -1,6 +1,7 @@
 """The work of each stage: it reads files, calls the rooms below, writes files. Stages meet nowhere else.
 
-Under torchrun each process calls the work of ``covariance`` and ``init``; what only one may do is `by_first`'s.
+Under torchrun each process calls the work of ``covariance``, ``init`` and ``train``; what only one may do is
+`by_first`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,23 @@ from torch import nn
 
 from kore_fast.constraint.distributed import Ranks
 from kore_fast.files import read_json, write_json, write_text
+from kore_fast.modules.sharding import first_rank, wait_for_ranks
 from kore_fast.progress import Progress
 from kore_fast.recipe.calibration import calibration_batches, old_samples, write_answers
+from kore_fast.recipe.materials import (
+    base_model,
+    earlier_adapter,
+    earlier_covariance,
+    image_root,
+    processor_of,
+    samples_file,
+)
 from kore_fast.recipe.methods import fisher, loss_terms, start_options, told
 from kore_fast.recipe.schema import BASE, Method, Recipe
 
 if TYPE_CHECKING:
     from kore_fast.augmentation.plan import AugmentationPlan
+    from kore_fast.training.methods import TrainingMethod
 
 AUGMENT_CACHE = "augment.cache"
 """In a run's folder: answers and pictures that were paid for, kept whatever becomes of the stage."""
@@ -47,30 +58,22 @@ def unanswered(folder: Path) -> str:
     return unanswered(read_json(folder / "summary.json"))
 
 
-def image_root(recipe: Recipe, run: Path) -> Path:
-    """The folder that the pictures of a recipe's samples are below."""
-    from kore_fast.augmentation.pipeline import image_root
-
-    return image_root(recipe.resolve(recipe.items), recipe.augmentation, run / "augment")
-
-
 def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
     """Old knowledge → one store a source. A source whose file is whole is not collected again; one that was
     interrupted continues from its checkpoint."""
     from kore_fast.constraint import CovarianceStore, collect_covariance
     from kore_fast.constraint.collection import warn_if_few_tokens
-    from kore_fast.modules.loading import load_model, load_processor
 
     assert recipe.covariance is not None
     team = Ranks()
     with team.sharing_errors():
-        processor = load_processor(recipe.model_path())
+        processor = processor_of(recipe)
     model: nn.Module | None = None
     for name, source in recipe.covariance.sources.items():
         path, checkpoint = folder / f"{name}.safetensors", folder / f"{name}.checkpoint"
         if not team.by_first(path.exists):
             with team.sharing_errors():
-                model = model or load_model(recipe.model_path())
+                model = model or base_model(recipe)
             if source.kind == "chat":
                 team.by_first(partial(write_answers, recipe, name, source, model, processor, folder, progress))
             with team.sharing_errors():
@@ -79,7 +82,7 @@ def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
                 model,
                 batches,
                 source=name,
-                target_modules=recipe.targets,
+                target_modules=recipe.targets_of(model),
                 about=source.model_dump(mode="json"),
                 max_memory=recipe.covariance.max_memory,
                 checkpoint=checkpoint,
@@ -90,7 +93,24 @@ def covariance(recipe: Recipe, folder: Path, progress: Progress) -> None:
             )
         # Of a process that was killed just after it had saved, or of another number of processes.
         team.by_first(partial(shutil.rmtree, checkpoint, ignore_errors=True))
+    if recipe.after is not None:
+        with team.sharing_errors():
+            model = model or base_model(recipe)
+        team.by_first(partial(_take_over, earlier_covariance(recipe), folder, model))
     team.by_first(lambda: warn_if_few_tokens(CovarianceStore.load(folder)))
+
+
+def _take_over(earlier: Path, folder: Path, model: nn.Module) -> None:
+    """An earlier run's sums beside this one's, as they were measured: through the model before its adapter, which lies
+    in their null space and so leaves the next layer's input of old knowledge nearly as it was."""
+    from kore_fast.constraint import CovarianceStore
+    from kore_fast.constraint.fingerprint import model_fingerprint
+
+    for file in sorted(earlier.glob("*.safetensors")):
+        if (folder / file.name).exists():
+            continue
+        store = CovarianceStore.load(file)
+        replace(store, model=model_fingerprint(model, store.layers)).save(folder / file.name)
 
 
 def init(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Progress) -> None:
@@ -110,14 +130,13 @@ def _finish_start(recipe: Recipe, run: Path, method: Method, folder: Path) -> No
     from kore_fast.constraint import CovarianceStore
     from kore_fast.constraint.leak import LayerLeak, leak_report
     from kore_fast.modules.adapter import METADATA, lora_layers
-    from kore_fast.modules.loading import load_model
 
     rows: list[dict[str, Any]] = []
     if method.way.starts == "null space":
         shutil.rmtree(folder / _FACTORS, ignore_errors=True)
         rows = read_json(folder / METADATA)["leaks"]
     else:
-        model = load_model(recipe.model_path())
+        model = base_model(recipe)
         covariances = run / "covariance" if recipe.covariance else None
         adapted = method.way.make_start(model, start_options(recipe, method, model, covariances), folder)
         layers = lora_layers(adapted)
@@ -139,22 +158,21 @@ _FACTORS = "factors.checkpoint"
 def _kore_start(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Progress) -> None:
     from kore_fast.constraint import CovarianceStore, KoreConfig, get_kore_model
     from kore_fast.constraint.factors import Solve
-    from kore_fast.modules.loading import load_model
 
     assert method.rank is not None
+    with Ranks().sharing_errors():
+        model, store = base_model(recipe), CovarianceStore.load(run / "covariance")
     config = KoreConfig(
         rank=method.rank,
-        target_modules=recipe.targets,
+        target_modules=recipe.targets_of(model),
         source_weights=recipe.source_weights,
         train_a=not method.frozen_a,
-        modules_to_save=method.trained_whole,
+        modules_to_save=recipe.trained_whole(method),
     )
 
     def show(solves: Sequence[Solve]) -> Iterable[Solve]:
         return progress(solves, sum(solve.cost for solve in solves), "null spaces", lambda solve: solve.cost)
 
-    with Ranks().sharing_errors():
-        model, store = load_model(recipe.model_path()), CovarianceStore.load(run / "covariance")
     get_kore_model(model, config, store, checkpoint=folder / _FACTORS, save_to=folder, progress=show)
 
 
@@ -162,21 +180,22 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
     """Start and samples → a trained adapter (or a whole model), and the loss log."""
     from kore_fast.data.conversations import ConversationDataset
     from kore_fast.data.samples import read_samples
-    from kore_fast.modules.loading import load_model, load_processor
     from kore_fast.training.cost import measured
     from kore_fast.training.loop import TrainingOptions, last_whole_checkpoint, train, write_loss
 
-    data = run / "augment" / ("samples.json" if method.samples == "augmented" else "knowledge.json")
-    root, checkpoints, way = image_root(recipe, run), folder / "checkpoints", method.way
-    processor, base = load_processor(recipe.model_path()), load_model(recipe.model_path())
+    data, root = samples_file(recipe, run, method), image_root(recipe, run, method)
+    checkpoints, way = folder / "checkpoints", method.way
+    processor, base = processor_of(recipe), base_model(recipe, accelerated=False)
     old = old_samples(recipe, processor, run / "covariance") if method.old_samples else []
     dataset = ConversationDataset(processor, read_samples(data, root), root, old if method.replay else ())
     start = None if way.starts == "nothing" else run / "init" / recipe.start_of(name)
     options = TrainingOptions(
         learning_rate=method.learning_rate,
-        steps=method.steps or recipe.training.steps,
+        steps=method.steps or recipe.training.steps_for(len(dataset.samples)),
         batch_size=recipe.training.batch_size,
         accumulation=recipe.training.accumulation,
+        per_device=recipe.training.per_device,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
         warmup_ratio=recipe.training.warmup_ratio,
         weight_decay=method.weight_decay,
         seed=recipe.seed_of(method),
@@ -185,44 +204,82 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
         projector_learning_rate=method.projector_learning_rate,
         replay=method.replay or 0.0,
     )
-    done = last_whole_checkpoint(checkpoints)
+    done = last_whole_checkpoint(checkpoints) if first_rank() else None
     with measured() as cost:
         sensitive = fisher(recipe, method, base, processor, old, checkpoints)
         model = way.open(base, start_options(recipe, method, base), start)
-        terms = loss_terms(method, model, sensitive, lambda: load_model(recipe.model_path()))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                # A step is smaller than bfloat16's spacing.
+                parameter.data = parameter.data.float()
+        terms = loss_terms(method, model, sensitive, lambda: base_model(recipe, accelerated=False))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         rows = train(
             model, dataset, options, checkpoints, method=way, terms=terms, progress=progress, label=f"train {name}"
         )
-    way.save(model, folder / way.saves, start)
-    write_loss(folder / "loss.csv", rows)
-    write_json(
-        folder / "settings.json",
-        {
-            "trained_parameters": trained,
-            "added_parameters": way.added_parameters(folder / way.saves),
-            "samples": method.samples,
-            "sample_count": len(dataset.samples),
-            "old_sample_count": len(old),
-            "batch_size": recipe.training.batch_size * recipe.training.accumulation,
-            "steps": options.steps,
-            "learning_rate": options.learning_rate,
-            "rank": method.rank if isinstance(method.rank, int | None) else json.dumps(method.rank),
-            "frozen_a": way.saves == "adapter" and method.frozen_a,
-            **told(method),
-        },
-    )
-    # Not in the stage's folder, whose files are the same whenever and wherever they are made.
-    write_json(
-        run / COST / "train" / f"{name}.json",
-        {
-            "seconds": round(cost.seconds, 3),
-            "steps": options.steps - (0 if done is None else int(done.rpartition("-")[2])),
-            "peak_memory": cost.peak_memory,
-            "device": cost.device,
-        },
-    )
-    shutil.rmtree(checkpoints)
+    _save_trained(way, model, folder / way.saves, start)
+
+    def finish() -> None:
+        if recipe.after is not None and way.saves == "adapter":
+            from kore_fast.modules.combining import combine_adapters
+
+            shutil.rmtree(folder / "combined", ignore_errors=True)
+            combine_adapters(earlier_adapter(recipe), folder / "adapter", folder / "combined")
+        write_loss(folder / "loss.csv", rows)
+        write_json(
+            folder / "settings.json",
+            {
+                "trained_parameters": trained,
+                "added_parameters": way.added_parameters(folder / way.saves),
+                "samples": method.samples,
+                "sample_count": len(dataset.samples),
+                "old_sample_count": len(old),
+                "batch_size": recipe.training.samples_a_step,
+                "steps": options.steps,
+                "learning_rate": options.learning_rate,
+                "rank": method.rank if isinstance(method.rank, int | None) else json.dumps(method.rank),
+                "frozen_a": way.saves == "adapter" and method.frozen_a,
+                **told(method),
+            },
+        )
+        # Not in the stage's folder, whose files are the same whenever and wherever they are made.
+        write_json(
+            run / COST / "train" / f"{name}.json",
+            {
+                "seconds": round(cost.seconds, 3),
+                "steps": options.steps - (0 if done is None else int(done.rpartition("-")[2])),
+                "peak_memory": cost.peak_memory,
+                "device": cost.device,
+            },
+        )
+        shutil.rmtree(checkpoints)
+
+    Ranks().by_first(finish)
+
+
+def _save_trained(way: TrainingMethod, model: nn.Module, folder: Path, start: Path | None) -> None:
+    """What was trained, by one process; where parameters are spread over processes, gathered from all of them."""
+    from peft import PeftModel
+
+    from kore_fast.modules.adapter import KorePeftModel, adapter_state
+    from kore_fast.modules.saving import save_kore_adapter
+    from kore_fast.modules.sharding import is_sharded, plain_name, whole
+
+    if not is_sharded(model):
+        if first_rank():
+            way.save(model, folder, start)
+        wait_for_ranks()
+        return
+    if isinstance(model, KorePeftModel):
+        save_kore_adapter(model, folder)
+        return
+    if isinstance(model, PeftModel):
+        state = adapter_state(model)
+    else:
+        state = {plain_name(name): whole(p).detach().cpu() for name, p in model.named_parameters()}
+    if first_rank():
+        model.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+    wait_for_ranks()
 
 
 def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder: Path, progress: Progress) -> None:
@@ -230,7 +287,7 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
     from kore_fast.data.old_knowledge import capital_questions, read_pictures, read_texts, sample
     from kore_fast.data.questions import read_questions
     from kore_fast.evaluation.suite import Suite, evaluate
-    from kore_fast.modules.loading import load_model, load_processor
+    from kore_fast.modules.loading import load_model
 
     options, old = recipe.evaluation, recipe.old_knowledge
     questions = read_questions(run / "augment" / "questions.jsonl")
@@ -250,15 +307,16 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
         batch_size=options.batch_size,
         bf16=recipe.bf16(),
     )
-    base = load_model(recipe.model_path())
+    base = base_model(recipe)
     settings: dict[str, Any] = {}
     model = base
     if method is not None:
         trained = run / "train" / name
         settings = read_json(trained / "settings.json")
         way = method.way
-        model = way.load(trained / way.saves, lambda folder: load_model(folder or recipe.model_path()))
-    processor = load_processor(recipe.model_path())
+        model = way.load(trained / way.saves, lambda folder: load_model(folder) if folder else base_model(recipe))
+        model = model.to(next(base.parameters()).device)
+    processor = processor_of(recipe)
     metrics = evaluate(
         model,
         base,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,21 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kore_fast.allocation import release_freed_memory
-from kore_fast.data.conversations import IGNORE, ConversationDataset, Encoded, collate, tokenizer_of, training_order
+from kore_fast.data.conversations import (
+    IGNORE,
+    ConversationDataset,
+    Encoded,
+    collate,
+    slots,
+    tokenizer_of,
+    training_order,
+)
 from kore_fast.errors import ConstraintError
 from kore_fast.files import write_text
+from kore_fast.modules.adapter import KorePeftModel
+from kore_fast.modules.sharding import place_among_ranks, sum_over_ranks
 from kore_fast.progress import Progress, silent
+from kore_fast.training.callback import KoreCallback
 from kore_fast.training.methods import METHODS, TrainingMethod
 from kore_fast.training.retention.terms import Batch, Term
 
@@ -38,7 +50,10 @@ class TrainingOptions:
     steps: int
     batch_size: int = 8
     accumulation: int = 1
-    """Batches whose gradients are summed before a step."""
+    """``batch_size`` · ``accumulation`` samples make a step, shared by all processes."""
+    per_device: int | None = None
+    """Samples that a process takes at a time, at most; default ``batch_size``."""
+    gradient_checkpointing: bool = False
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     seed: int = 0
@@ -79,9 +94,12 @@ class _Trainer(Trainer):
         logits, targets = outputs.logits.flatten(0, 1).float(), targets[:, wanted].flatten()
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()
         loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / count
+        processes = place_among_ranks()[1]
+        batches = self.args.gradient_accumulation_steps * processes
         for term in self.terms:
-            batch = Batch(self.model, inputs, logits, targets != IGNORE, count, self.options.accumulation)
-            loss = loss + term(batch)
+            loss = loss + term(Batch(self.model, inputs, logits, targets != IGNORE, count, batches))
+        # ``count`` is of all processes, whose gradients are averaged.
+        loss = loss * processes
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -90,7 +108,8 @@ class _Trainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.options.projector_learning_rate
         if rate is not None:
-            whole = {id(p) for n, p in self.model.named_parameters() if "modules_to_save" in n or "projector" in n}
+            beside = ("modules_to_save", "projector", "merger")
+            whole = {id(p) for n, p in self.model.named_parameters() if any(name in n for name in beside)}
             for group in list(optimizer.param_groups):
                 moves = [id(parameter) in whole for parameter in group["params"]]
                 if any(moves):
@@ -172,17 +191,22 @@ def train(
     # KORE's and LoRA's differ in their start only.
     method = method or METHODS["lora" if isinstance(model, PeftModel) else "full"]
     method.check(model, options)
-    lengths = dataset.lengths()
+    rank, processes = place_among_ranks()
+    lengths = _lengths(dataset, rank, processes)
+    old_lengths = [len(encoded) for encoded in dataset.old]
     per_step = options.batch_size * options.accumulation
     order = training_order(
         lengths,
         options.batch_size,
         options.steps * options.accumulation,
         options.seed,
-        old=[len(encoded) for encoded in dataset.old],
+        old=old_lengths,
         share_old=options.replay,
     )
-    dataset.order = [index for batch in order for index in batch]
+    firsts = range(0, len(order), options.accumulation)
+    steps = [[index for batch in order[at : at + options.accumulation] for index in batch] for at in firsts]
+    at_a_time, rounds = share_of_step(per_step, options.per_device or options.batch_size, processes)
+    dataset.order = slots(steps, [*lengths, *old_lengths], at_a_time * rounds, processes)
     pad = tokenizer_of(dataset.processor).pad_token_id
 
     def collator(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
@@ -190,8 +214,11 @@ def train(
 
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation,
+        per_device_train_batch_size=at_a_time,
+        gradient_accumulation_steps=rounds,
+        average_tokens_across_devices=True,
+        # A round without pictures does not reach the projector.
+        ddp_find_unused_parameters=options.projector_learning_rate is not None,
         num_train_epochs=1,
         max_steps=options.steps,
         learning_rate=options.learning_rate,
@@ -216,15 +243,26 @@ def train(
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[_ShowSteps(progress, options.steps, label)],
+        callbacks=[
+            _ShowSteps(progress, options.steps, label),
+            # Whole checkpoints, and A as it was, where accelerate spreads the model over processes.
+            *([KoreCallback()] if processes > 1 and isinstance(model, KorePeftModel) else []),
+        ],
     )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        _refuse_to_continue(folder)
     trainer.options, trainer.method, trainer.terms = options, method, terms
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     # Trainer prints each log line; the bar and the loss log are enough.
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    found = last_whole_checkpoint(folder) if rank == 0 else None
+    # As rank 0 sees it, when it has removed what is broken.
+    step = int(sum_over_ranks(torch.tensor(int(found.rpartition("-")[2]) if found else 0)))
     with _fast_attention(model, bf16=options.bf16):
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}") if step else None)
     method.check(model, options)
     model.eval()
     epochs = per_step * (1 - options.replay) / max(1, len(lengths))
@@ -233,6 +271,28 @@ def train(
         for row in trainer.state.log_history
         if "loss" in row
     ]
+
+
+def _refuse_to_continue(folder: Path) -> None:
+    left = next(folder.glob("checkpoint-*"), None)
+    if left is not None:
+        raise ConstraintError(
+            f"{left}: left by an interrupted run; training that FSDP2 or ZeRO-3 spread over processes cannot continue "
+            f"from there yet. Move {folder} away to start anew, or train under DDP, which continues"
+        )
+
+
+def share_of_step(samples: int, most: int, processes: int) -> tuple[int, int]:
+    """(samples a process takes at a time, how often in a step) for a step over so many samples."""
+    rounds = math.ceil(samples / (most * processes))
+    return math.ceil(samples / (rounds * processes)), rounds
+
+
+def _lengths(dataset: ConversationDataset, rank: int, processes: int) -> list[int]:
+    """Tokens of each sample; the processes share the work of encoding them."""
+    lengths = torch.zeros(len(dataset.samples), dtype=torch.int64)
+    lengths[rank::processes] = torch.tensor(dataset.lengths(slice(rank, None, processes)), dtype=torch.int64)
+    return [int(length) for length in sum_over_ranks(lengths)]
 
 
 @contextmanager

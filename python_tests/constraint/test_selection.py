@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from kore_fast.constraint import decoder_linears, select_linears
-from kore_fast.constraint.selection import target_pattern
+from kore_fast.constraint.selection import narrow, target_pattern
 from kore_fast.errors import ConstraintError
 
 ENDINGS = [
@@ -89,3 +89,17 @@ def test_pattern_matches_exactly_the_chosen(tiny_model: nn.Module, chosen: list[
     assert sorted(matched) == sorted(chosen)
     # One expression where whole layers are meant, not a list of hundreds.
     assert isinstance(pattern, str) == (chosen == WANTED or all("mlp" in n for n in chosen))
+
+
+def test_layers_are_chosen_by_depth_and_part() -> None:
+    names = [f"model.layers.{n}.{part}" for n in range(32) for part in ("self_attn.q_proj", "mlp.up_proj")]
+    thirds = [narrow(names, depth) for depth in ("first third", "middle third", "last third")]
+    assert [name for third in thirds for name in third] == names
+    assert [len(third) for third in thirds] == [20, 22, 22]
+    assert narrow(names, "last third", "mlp") == [f"model.layers.{n}.mlp.up_proj" for n in range(21, 32)]
+    assert {*narrow(names, part="attention"), *narrow(names, part="mlp")} == set(names)
+    assert narrow(names) == names
+    with pytest.raises(ConstraintError, match="head: not in a numbered block"):
+        narrow([*names, "head"], "first third")
+    with pytest.raises(ConstraintError, match="no layer is left"):
+        narrow(["model.layers.0.self_attn.q_proj"], part="mlp")

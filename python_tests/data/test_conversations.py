@@ -21,6 +21,7 @@ from kore_fast.data.conversations import (
     encode,
     encode_sample,
     encode_texts,
+    slots,
     tokenizer_of,
     training_order,
 )
@@ -242,3 +243,15 @@ def test_a_mark_in_a_passage_is_no_picture(tiny_processor: Any) -> None:
     (marked,) = encode_texts(tiny_processor, ["A <image>river."], 50)
     (plain,) = encode_texts(tiny_processor, ["A river."], 50)
     assert torch.equal(marked.input_ids, plain.input_ids)
+
+
+def test_what_fills_a_step_teaches_nothing(tiny_processor: Any, knowledge_folder: Path) -> None:
+    samples = [sample("images/red.png", f"<image>\n{'x' * n}").model_copy(update={"id": f"s{n}"}) for n in range(3)]
+    dataset = ConversationDataset(tiny_processor, samples, knowledge_folder)
+    dataset.order = slots([[2, 1, 0], [0, 2, 1]], dataset.lengths(), 2, 2)
+    assert dataset.order == [2, 1, 0, ~0, 0, 2, 1, ~0]
+    real, filler = dataset[2], dataset[3]
+    assert torch.equal(filler.input_ids, real.input_ids)
+    assert not (filler.labels != IGNORE).any()
+    assert torch.equal(filler.kinds == PICTURE, real.kinds == PICTURE)
+    assert slots([[2, 1, 0]], [1, 2, 3], 3, 1) == [2, 1, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from kore_fast.cli import main
 from kore_fast.constraint import CovarianceStore
 from python_tests.constraint.stack import PYTHONPATH
 
@@ -132,13 +135,37 @@ def test_two_processes_collect_what_one_collects(finished: Path, tmp_path: Path)
         torch.testing.assert_close(two.covariance(group), one.covariance(group), rtol=1e-5, atol=1e-8)
 
 
+def test_two_processes_train_what_one_trains(finished: Path, tmp_path: Path) -> None:
+    """Three samples a step do not divide by two: a fourth place is filled and teaches nothing."""
+    given = ["--set=training.batch_size=3", "--set=training.per_device=2", "--method=kore"]
+    for name in ("one", "two"):
+        for stage in ("augment", "init", "covariance"):
+            shutil.copytree(finished / "run" / stage, tmp_path / name / stage)
+    assert main(["train", str(finished), "--run-dir", str(tmp_path / "one"), *given]) == 0
+    done = launch(["train", finished, "--run-dir", tmp_path / "two", *given])
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = (tmp_path / name / "train" / "kore" for name in ("one", "two"))
+    assert tree(one).keys() == tree(two).keys()
+    assert (one / "settings.json").read_bytes() == (two / "settings.json").read_bytes()
+    rows = [list(csv.DictReader((folder / "loss.csv").open())) for folder in (one, two)]
+    for single, shared in zip(*rows, strict=True):
+        assert float(shared["loss"]) == pytest.approx(float(single["loss"]), rel=1e-3)
+    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
+    for key, value in first.items():
+        if "lora_A" in key:
+            assert torch.equal(second[key], value)
+        else:
+            assert float((second[key] - value).norm()) < 1e-2 * float(value.norm()), key
+
+
 def test_what_is_not_shared_is_refused(finished: Path, tmp_path: Path) -> None:
     done = launch(["run", finished, "--run-dir", tmp_path / "run"])
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("kore-fast: ")]
     assert len(errors) == 1
     assert errors[0].endswith(
-        "covariance and init share their work over the processes of torchrun. Give `kore-fast run` without torchrun"
+        "covariance, init and train share their work over the processes of torchrun. Give `kore-fast run` without "
+        "torchrun"
     )
     # torchrun may end one when the other has ended.
     assert "exitcode  : 1 " in done.stderr

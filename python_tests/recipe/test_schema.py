@@ -77,6 +77,7 @@ def test_unknown_key_lists_the_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
+        ("training.epochs", 2, "one of 'steps' and 'epochs'"),
         ("training.steps", 0, "training.steps"),
         ("training.steps", "many", "training.steps"),
         ("training.warmup_ratio", 1.0, "training.warmup_ratio"),

@@ -23,7 +23,15 @@ from kore_fast.data.samples import Sample
 from kore_fast.errors import ConstraintError
 from kore_fast.modules.adapter import lora_layers, model_lora_a_hash
 from kore_fast.modules.loading import load_model
-from kore_fast.training.loop import LOSS_COLUMNS, TrainingOptions, _Trainer, last_whole_checkpoint, train, write_loss
+from kore_fast.training.loop import (
+    LOSS_COLUMNS,
+    TrainingOptions,
+    _Trainer,
+    last_whole_checkpoint,
+    share_of_step,
+    train,
+    write_loss,
+)
 
 OPTIONS = TrainingOptions(learning_rate=1e-2, steps=8, batch_size=3, checkpoint_every=3)
 COLOURS = ["red", "green", "blue", "orange", "purple"]
@@ -345,3 +353,23 @@ def test_projector_is_trained_and_resumed(
 def test_loss_file_has_its_columns(tmp_path: Path) -> None:
     write_loss(tmp_path / "loss.csv", [dict.fromkeys(LOSS_COLUMNS, 1) | {"loss": 2.5}])
     assert (tmp_path / "loss.csv").read_text() == "step,epoch,loss,learning_rate,grad_norm\n1,1,2.5,1,1\n"
+
+
+@pytest.mark.parametrize(
+    ("samples", "most", "processes", "wanted"),
+    [
+        (54, 7, 8, (7, 1)),
+        (54, 7, 1, (7, 8)),
+        (192, 6, 8, (6, 4)),
+        (4, 4, 1, (4, 1)),
+        (3, 2, 2, (2, 1)),
+        (5, 8, 8, (1, 1)),
+    ],
+)
+def test_a_step_is_shared_with_few_places_left(
+    samples: int, most: int, processes: int, wanted: tuple[int, int]
+) -> None:
+    at_a_time, rounds = share_of_step(samples, most, processes)
+    assert (at_a_time, rounds) == wanted
+    assert at_a_time <= most
+    assert samples <= at_a_time * rounds * processes < samples + rounds * processes

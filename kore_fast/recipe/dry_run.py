@@ -1,0 +1,391 @@
+"""A dry run: the model without weights, and everything that can be known of a run before it is paid for.
+
+Counts (parameters, steps, sums, files) follow from the model's architecture and are exact. Memory and time are
+estimates from these counts and are marked so; nothing here was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kore_fast.constraint.budget import plan_passes
+from kore_fast.constraint.inputs import Width
+from kore_fast.constraint.ranks import FixedRank, parse_rank_choice
+from kore_fast.constraint.selection import select_linears
+from kore_fast.errors import ConstraintError, KoreError
+from kore_fast.files import iterate_json
+from kore_fast.recipe.checks import check_projector, check_ranks, missing_data, model_without_weights
+from kore_fast.recipe.schema import Method, Recipe
+
+_GIB = 2**30
+# Of a conversation beside its picture, where the data is not there to look: KORE-74K's length is not measured here.
+_TEXT_TOKENS = 128
+# A third to a half of the peak is usual in training at these sizes; 312 TFLOP/s is an A100's peak in bfloat16.
+_PEAK, _USED = 312e12, 0.4
+
+
+@dataclass
+class DryRun:
+    """What was found out."""
+
+    problems: list[str] = field(default_factory=list)
+    """What is wrong whatever comes: the run would fail."""
+    missing: list[str] = field(default_factory=list)
+    """Files that are not there yet, each with where to get it; ``run`` refuses until they are."""
+    sections: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    """Heading → (what, how much)."""
+    trained: dict[str, int] = field(default_factory=dict)
+    """Method → trained parameters, all of them."""
+    trained_adapter: dict[str, int] = field(default_factory=dict)
+    """Method → those of the adapter alone."""
+    steps: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing known is wrong; missing data is only told."""
+        return not self.problems
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = []
+        for heading, rows in self.sections:
+            wide = max(len(what) for what, _ in rows)
+            lines += [heading, *(f"  {what:<{wide}}  {how_much}" for what, how_much in rows), ""]
+        for heading, texts in (("Not there yet", self.missing), ("Wrong", self.problems)):
+            if texts:
+                lines += [heading, *(f"  {text}" for text in texts), ""]
+        lines.append("Passed: nothing known is wrong" if self.passed else "Failed: see above")
+        if self.passed and self.missing:
+            lines[-1] += "; `kore-fast run` starts when the files above are there"
+        return "\n".join(lines)
+
+
+def dry_run(recipe: Recipe, gpus: tuple[int, ...] = (1, 8, 16)) -> DryRun:
+    """Look at a recipe without weights, data or a hub; under a minute for a 13B model on a CPU.
+
+    Args:
+        gpus: how many GPUs memory and time are estimated for.
+    """
+    found = DryRun(missing=missing_data(recipe))
+    if not Path(recipe.model_path()).exists() and recipe.model.build is None:
+        hint = recipe.where_to_get(recipe.model.path)
+        found.missing.append(f"model.path: {recipe.model.path} is no folder here; {hint or 'it is taken from the hub'}")
+    try:
+        model = model_without_weights(recipe)
+        shape = _Shape.of(recipe, model)
+    except KoreError as error:
+        found.problems.append(str(error))
+        return found
+    for check in (check_ranks, check_projector):
+        try:
+            check(recipe, model)
+        except KoreError as error:
+            found.problems.append(str(error))
+    samples, tokens, source = _data(recipe, shape, found)
+    found.sections.append(("Model", list(_model_rows(recipe, model, shape))))
+    found.sections.append(("Trained", list(_trained_rows(recipe, model, shape, samples, source, found))))
+    if recipe.covariance is not None:
+        found.sections.append(("Covariance", list(_covariance_rows(recipe, shape, tokens, found))))
+    found.sections.append(("Disk", list(_disk_rows(recipe, shape, found))))
+    for name, method in recipe.methods.items():
+        rows = list(_memory_rows(recipe, shape, method, found.trained[name], tokens, gpus))
+        found.sections.append((f"Memory per GPU while {name} trains (estimate, not measured)", rows))
+    if found.steps:
+        rows = list(_time_rows(recipe, shape, tokens, found, gpus))
+        found.sections.append((f"Time (estimate: operations at {_USED:.0%} of an A100's 312 TFLOP/s)", rows))
+    return found
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the estimates need of an architecture."""
+
+    parameters: int
+    decoder: int
+    """Parameters of the layers that every token goes through, the head not included."""
+    layers: dict[str, tuple[int, int]]
+    """Constrained layer → (d_out, d_in)."""
+    inputs: dict[str, int]
+    """First reader of a distinct input → its width."""
+    blocks: int
+    hidden: int
+    intermediate: int
+    key_values: int
+    vocabulary: int
+    image_tokens: int
+    projector: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: nn.Module) -> _Shape:
+        config: Any = model.config
+        text = config.get_text_config()
+        names = select_linears(model, recipe.targets_of(model))
+        layers = {name: (int(m.out_features), int(m.in_features)) for name, m in _linears(model, names)}
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        get_decoder = getattr(model, "get_decoder", None)
+        decoder = get_decoder() if get_decoder is not None else None
+        counted = decoder if isinstance(decoder, nn.Module) else model
+        embeddings = sum(m.weight.numel() for m in counted.modules() if isinstance(m, nn.Embedding))
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            decoder=sum(p.numel() for p in counted.parameters()) - embeddings,
+            layers=layers,
+            inputs=_distinct_inputs(layers),
+            blocks=int(text.num_hidden_layers),
+            hidden=int(text.hidden_size),
+            intermediate=int(text.intermediate_size),
+            key_values=int(heads) * (int(text.hidden_size) // int(text.num_attention_heads)),
+            vocabulary=int(text.vocab_size),
+            image_tokens=_image_tokens(recipe, config),
+            projector=sum(p.numel() for n, p in model.named_parameters() if f".{recipe.model.projector}." in f".{n}"),
+        )
+
+
+def _linears(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        yield name, model.get_submodule(name)
+
+
+# Layers of one block that read one tensor, in the families that transformers names alike.
+_SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+def _distinct_inputs(layers: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """By name, as nothing runs here; a collection finds them by the tensors."""
+    found = {}
+    for name, (_, width) in layers.items():
+        prefix, _, last = name.rpartition(".")
+        leader = f"{prefix}.{_SHARED.get(last, last)}"
+        if leader == name or leader not in layers:
+            found[name] = width
+    return found
+
+
+def _image_tokens(recipe: Recipe, config: Any) -> int:
+    """Tokens of one picture in the language model; 0 where there are no pictures."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return 0
+    patch = int(vision.patch_size)
+    merged = int(getattr(vision, "spatial_merge_size", 0))
+    if merged:
+        # Qwen2.5-VL's own limit is 16384 tokens.
+        pixels = recipe.model.max_pixels or 16384 * (patch * merged) ** 2
+        return pixels // (patch * merged) ** 2
+    return (int(vision.image_size) // patch) ** 2
+
+
+def _data(recipe: Recipe, shape: _Shape, found: DryRun) -> tuple[int | None, int, str]:
+    """(training samples of augmented methods, tokens of one, where the number is from)."""
+    tokens = shape.image_tokens + _TEXT_TOKENS
+    given = recipe.samples
+    if given is None:
+        return None, tokens, "the augmentation writes them"
+    file = recipe.resolve(given.file)
+    if not file.exists():
+        return given.count, tokens, "as the recipe says"
+    try:
+        count = sum(1 for _ in iterate_json(file))
+    except KoreError as error:
+        found.problems.append(str(error))
+        return given.count, tokens, "as the recipe says"
+    if given.count is not None and count != given.count:
+        found.problems.append(f"samples.file: {file} holds {count:,} samples, the recipe says {given.count:,}")
+    return count, tokens, f"counted in {file.name}"
+
+
+def _model_rows(recipe: Recipe, model: nn.Module, shape: _Shape) -> Iterator[tuple[str, str]]:
+    yield "class", type(model).__name__
+    yield "parameters", f"{shape.parameters:,} ({shape.parameters / 1e9:.2f}B)"
+    names = list(shape.layers)
+    yield "constrained layers", f"{len(names)}, from {names[0]} to {names[-1]}"
+    widths = sorted(set(shape.inputs.values()))
+    counts = ", ".join(f"{list(shape.inputs.values()).count(width)} of width {width:,}" for width in widths)
+    yield "distinct inputs", f"{len(shape.inputs)}: {counts}"
+    yield "projector", f"{recipe.model.projector}: {_millions(shape.projector)}"
+    if shape.image_tokens:
+        most = "" if recipe.model.max_pixels is None else f" at most, with max_pixels {recipe.model.max_pixels:,}"
+        yield "tokens of a picture", f"{shape.image_tokens}{most}"
+
+
+def _trained_rows(
+    recipe: Recipe, model: nn.Module, shape: _Shape, samples: int | None, source: str, found: DryRun
+) -> Iterator[tuple[str, str]]:
+    training = recipe.training
+    for name, method in recipe.methods.items():
+        adapter, how = _adapter_parameters(method, shape)
+        beside = shape.projector if method.projector_learning_rate is not None else 0
+        found.trained_adapter[name], found.trained[name] = adapter, adapter + beside
+        also = f" + {_millions(beside)} projector = {_millions(adapter + beside)}" if beside else ""
+        yield name, f"{_millions(adapter)} trained{also} ({how})"
+    if samples is not None:
+        yield "samples", f"{samples:,} ({source})"
+    else:
+        yield "samples", source
+    each = f"{training.samples_a_step} samples a step"
+    for name, method in recipe.methods.items():
+        known = samples if method.samples == "augmented" else None
+        if method.steps is not None or training.steps is not None:
+            found.steps[name] = method.steps or training.steps_for(0)
+        elif known is not None:
+            found.steps[name] = training.steps_for(known)
+        else:
+            yield f"steps of {name}", f"{training.epochs:g} epochs of samples that are not counted yet, {each}"
+            continue
+        epochs = f", {training.epochs:g} epochs" if training.epochs is not None and method.steps is None else ""
+        warmup = max(1, round(training.warmup_ratio * found.steps[name]))
+        yield f"steps of {name}", f"{found.steps[name]:,} ({warmup:,} of warm-up), {each}{epochs}"
+
+
+def _adapter_parameters(method: Method, shape: _Shape) -> tuple[int, str]:
+    if method.rank is None:
+        return sum(d_out * d_in for d_out, d_in in shape.layers.values()), "every weight of the layers"
+    choice = parse_rank_choice(method.rank)
+    if not isinstance(choice, FixedRank):
+        wanted = getattr(choice, "parameters", None)
+        if wanted is not None:
+            return int(wanted), "at most: a budget"
+        return sum(choice.lowest * d_out for d_out, _ in shape.layers.values()), "at least: a rank by spectrum"
+    if method.frozen_a:
+        return sum(choice.rank * d_out for d_out, _ in shape.layers.values()), f"B at rank {choice.rank}, A frozen"
+    return sum(choice.rank * sum(one) for one in shape.layers.values()), f"A and B at rank {choice.rank}"
+
+
+def _covariance_rows(recipe: Recipe, shape: _Shape, tokens: int, found: DryRun) -> Iterator[tuple[str, str]]:
+    assert recipe.covariance is not None
+    sources = recipe.covariance.sources
+    total = sum(source.samples for source in sources.values())
+    listed = ", ".join(f"{name} {source.samples}" for name, source in sources.items())
+    yield "samples", f"{total}: {listed}"
+    itemsize = 2 if recipe.model.dtype == "bfloat16" else 4
+    widths = {name: Width(width, itemsize) for name, width in shape.inputs.items()}
+    held = sum(8 * width * width for width in shape.inputs.values())
+    passes = 1
+    if recipe.covariance.max_memory is not None:
+        try:
+            passes = len(plan_passes(widths, recipe.covariance.max_memory))
+        except ConstraintError as error:
+            found.problems.append(f"covariance.max_memory: {error}")
+    limit = "" if recipe.covariance.max_memory is None else f" at most {recipe.covariance.max_memory / _GIB:.1f} GiB,"
+    yield "memory for sums", f"{held / _GIB:.1f} GiB in float64 for one source;{limit} {passes} pass(es) over it"
+    yield "beside the weights", f"{shape.parameters * itemsize / _GIB:.1f} GiB in {recipe.model.dtype}"
+    widest = max(shape.inputs.values())
+    seen = sum(_tokens_of(source, tokens) for source in sources.values())
+    enough = "enough" if seen >= 4 * widest else "few: the null space will hold directions that were merely not seen"
+    yield "tokens (estimate)", f"{seen:,}, {seen / widest:.1f} for each of {widest:,} dimensions: {enough}"
+
+
+def _tokens_of(source: Any, tokens: int) -> int:
+    return int(source.samples * (tokens if source.kind in ("samples", "pictures") else source.max_tokens))
+
+
+def _disk_rows(recipe: Recipe, shape: _Shape, found: DryRun) -> Iterator[tuple[str, str]]:
+    total = 0
+    if recipe.covariance is not None:
+        one = sum(8 * (width * (width + 1) // 2) for width in shape.inputs.values())
+        count = len(recipe.covariance.sources)
+        total += one * count
+        yield "covariance store", f"{one * count / _GIB:.1f} GiB: {count} source(s) of {one / _GIB:.1f} GiB"
+        held = sum(8 * width * width for width in shape.inputs.values())
+        yield "while it is collected", f"{held / _GIB:.1f} GiB more for a checkpoint, twice while one is written"
+        total += 2 * held
+    for name, method in recipe.methods.items():
+        size = _adapter_bytes(method, shape, found.trained[name])
+        # A checkpoint is the adapter with two moments for each trained parameter; Trainer keeps two of them.
+        checkpoints = 2 * (size + 8 * found.trained[name])
+        what = "model" if method.kind == "full" else "adapter"
+        total += 2 * size + checkpoints
+        yield name, f"{size / _GIB:.2f} GiB {what}, {checkpoints / _GIB:.1f} GiB for two checkpoints while it trains"
+    yield "in all", f"{total / _GIB:.0f} GiB at most"
+
+
+def _adapter_bytes(method: Method, shape: _Shape, trained: int) -> int:
+    """A and B in float32, with what is trained in full beside them."""
+    if method.rank is None:
+        return 4 * shape.parameters
+    frozen = 0
+    choice = parse_rank_choice(method.rank)
+    if method.frozen_a:
+        frozen = sum(choice.lowest * d_in for _, d_in in shape.layers.values())
+    return 4 * (trained + frozen)
+
+
+def _memory_rows(
+    recipe: Recipe, shape: _Shape, method: Method, trained: int, tokens: int, gpus: tuple[int, ...]
+) -> Iterator[tuple[str, str]]:
+    itemsize = 2 if recipe.model.dtype == "bfloat16" else 4
+    adapter = _adapter_bytes(method, shape, trained) if method.rank is not None else 0
+    weights = shape.parameters * itemsize
+    # A gradient and two moments in float32 for each trained parameter.
+    gradients, moments = 4 * trained, 8 * trained
+    for count in gpus:
+        most = recipe.training.per_device or recipe.training.batch_size
+        rounds = -(-recipe.training.samples_a_step // (most * count))
+        at_a_time = -(-recipe.training.samples_a_step // (rounds * count))
+        activations = _activation_bytes(recipe, shape, method, tokens) * at_a_time
+        each = f"{at_a_time} sample(s) × {rounds} round(s) a step"
+        for name, parts in _parallel(count):
+            shares = [weights / parts[0], adapter / parts[0], gradients / parts[1], moments / parts[2], activations]
+            names = ("weights", "adapter", "gradients", "optimizer", "activations")
+            listed = ", ".join(f"{what} {share / _GIB:.1f}" for what, share in zip(names, shares, strict=True))
+            yield f"{count} × {name}", f"{sum(shares) / _GIB:.0f} GiB: {listed}; {each}"
+
+
+def _parallel(count: int) -> list[tuple[str, tuple[int, int, int]]]:
+    """Ways to train on so many GPUs → what weights, gradients and moments are divided by."""
+    if count == 1:
+        return [("alone", (1, 1, 1))]
+    return [("DDP", (1, 1, 1)), ("FSDP2", (count, count, count)), ("ZeRO-3", (count, count, count))]
+
+
+def _activation_bytes(recipe: Recipe, shape: _Shape, method: Method, tokens: int) -> int:
+    """Of one sample: what the decoder's backward pass needs, and the logits of its answers.
+
+    A frozen linear keeps nothing of its input, a trained B keeps r values a token; what stays are the inputs of norms
+    and products: in bfloat16 4 hidden, q, k, v and attention's output, 3 intermediate.
+    """
+    rank = parse_rank_choice(method.rank).lowest if method.rank is not None else 0
+    inside = 4 * shape.hidden + 2 * (shape.hidden + shape.key_values) + 3 * shape.intermediate
+    per_block = len(shape.layers) / shape.blocks
+    inside += int(per_block * rank) if rank else 2 * shape.hidden + shape.intermediate
+    kept = 2 * shape.hidden if recipe.training.gradient_checkpointing else 2 * inside
+    working = 2 * inside if recipe.training.gradient_checkpointing else 0
+    answers = min(tokens, _TEXT_TOKENS)
+    return int(tokens * (shape.blocks * kept + working) + answers * shape.vocabulary * 10)
+
+
+def _time_rows(
+    recipe: Recipe, shape: _Shape, tokens: int, found: DryRun, gpus: tuple[int, ...]
+) -> Iterator[tuple[str, str]]:
+    if recipe.covariance is not None:
+        seen = sum(_tokens_of(source, tokens) for source in recipe.covariance.sources.values())
+        work = 2 * shape.decoder * seen
+        # x xᵀ in float32, which tensor cores do not do exactly: an A100's 19.5 TFLOP/s.
+        exact = 2 * seen * sum(width * width for width in shape.inputs.values())
+        yield (
+            "covariance",
+            f"{_hours(work / (_PEAK * _USED) + exact / (19.5e12 * _USED))} on one GPU, loading not counted",
+        )
+    passes = 4 if recipe.training.gradient_checkpointing is False else 6
+    for name, steps in found.steps.items():
+        method = recipe.methods[name]
+        # Forward, and backward through frozen weights to the input; a trained weight's own gradient adds as much again.
+        each = passes + (2 if method.kind == "full" else 0)
+        work = each * shape.decoder * tokens * steps * recipe.training.samples_a_step
+        work += each * found.trained[name] * tokens * steps * recipe.training.samples_a_step
+        listed = ", ".join(f"{_hours(work / (count * _PEAK * _USED))} on {count}" for count in gpus)
+        yield f"train {name}", f"{listed} GPU(s), at {tokens} tokens a sample"
+    yield "not estimated", "null spaces, evaluation, reading of pictures, waiting between nodes"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}M"

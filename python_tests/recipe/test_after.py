@@ -1,0 +1,112 @@
+"""Injecting on top of an earlier run: its data set is old knowledge now, and two adapters are one for the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from kore_fast.cli import main
+from kore_fast.constraint import CovarianceStore
+from kore_fast.constraint.leak import leak_report
+from kore_fast.data.conversations import collate, encode_sample
+from kore_fast.data.samples import read_samples
+from kore_fast.modules.adapter import lora_layers
+from kore_fast.modules.adapter_files import read_adapter
+from kore_fast.modules.combining import combine_adapters
+from kore_fast.modules.loading import load_model, load_processor
+from kore_fast.recipe.schema import load_recipe
+
+SECOND = """
+extends: recipe.yaml
+name: second
+after: {{ run: {run} }}
+covariance:
+  sources: {{ text: null, chat: null, pictures: null{first} }}
+methods: {{ lora: null, kore: {{ learning_rate: 3e-2 }} }}
+training: {{ steps: 8 }}
+seed: 5
+"""
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory, finished: Path, knowledge_folder: Path) -> Path:
+    """Two runs after the finished one: ``updated`` knows its data set as old knowledge, ``forgetful`` does not."""
+    folder = tmp_path_factory.mktemp("second")
+    (folder / "recipe.yaml").write_text((finished / "recipe.yaml").read_text())
+    samples = finished / "run" / "augment" / "samples.json"
+    first = f", first: {{ kind: samples, samples: 64, file: {samples}, images: {knowledge_folder}, weight: 3 }}"
+    for name, source in (("updated", first), ("forgetful", "")):
+        (folder / f"{name}.yaml").write_text(SECOND.format(run=finished / "run", first=source))
+        for stage in ("augment", "covariance", "init", "train"):
+            assert main([stage, str(folder / f"{name}.yaml"), "--run", str(folder / name)]) == 0
+    return folder
+
+
+def batch_of_first(finished: Path, knowledge: Path) -> dict[str, torch.Tensor]:
+    processor = load_processor(load_recipe(finished).model_path())
+    samples = read_samples(finished / "run" / "augment" / "samples.json")[:8]
+    return collate([encode_sample(processor, sample, knowledge) for sample in samples], 0)
+
+
+def test_the_store_is_the_earlier_one_and_the_injected_samples(second: Path, finished: Path) -> None:
+    before = CovarianceStore.load(finished / "run" / "covariance")
+    after = CovarianceStore.load(second / "updated" / "covariance")
+    assert set(after.sources) == {*before.sources, "first"}
+    layer = after.layers[0]
+    only = {**dict.fromkeys(after.sources, 0.0), "text": 1.0}
+    kept = before.covariance(layer, {name: only[name] for name in before.sources})
+    assert torch.equal(after.covariance(layer, only), kept)
+
+
+def test_the_new_null_space_leaks_less_of_what_was_injected(second: Path) -> None:
+    store = CovarianceStore.load(second / "updated" / "covariance")
+    only = {**dict.fromkeys(store.sources, 0.0), "first": 1.0}
+    leaks = {}
+    for name in ("updated", "forgetful"):
+        A = read_adapter(second / name / "init" / "kore").A
+        weights = {layer: torch.zeros(1, A[layer].shape[1]) for layer in A}
+        leaks[name] = [leak.leak for leak in leak_report(A, weights, store, only)]
+    # Of 32 directions 8 are to be free of four kinds of input: not zero, but far less.
+    assert sum(leaks["updated"]) < 0.75 * sum(leaks["forgetful"])
+    assert max(leaks["updated"]) < 0.3
+
+
+def test_what_was_injected_moves_less_with_the_update(second: Path, finished: Path, knowledge_folder: Path) -> None:
+    """Of outputs on the first data set, at the same size of B."""
+    path = load_recipe(finished).model_path()
+    batch = batch_of_first(finished, knowledge_folder)
+    start = PeftModel.from_pretrained(load_model(path), str(finished / "run" / "train" / "kore" / "adapter"))
+    moved = {}
+    for name in ("updated", "forgetful"):
+        model = PeftModel.from_pretrained(load_model(path), str(second / name / "train" / "kore" / "combined"))
+        with torch.no_grad():
+            before, after = (m.eval()(**batch).logits[batch["attention_mask"].bool()] for m in (start, model))
+        size = sum(float(B.norm() ** 2) for B in read_adapter(second / name / "train" / "kore" / "adapter").B.values())
+        moved[name] = float((after - before).norm()) / size**0.5
+    assert moved["updated"] < moved["forgetful"]
+
+
+def test_two_adapters_are_one_for_the_untouched_base(second: Path, finished: Path, knowledge_folder: Path) -> None:
+    path = load_recipe(finished).model_path()
+    batch = batch_of_first(finished, knowledge_folder)
+    first = finished / "run" / "train" / "kore" / "adapter"
+    trained = second / "updated" / "train" / "kore"
+    below = PeftModel.from_pretrained(load_model(path), str(first)).merge_and_unload()
+    stacked = PeftModel.from_pretrained(below, str(trained / "adapter")).eval()
+    combined = PeftModel.from_pretrained(load_model(path), str(trained / "combined")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(combined(**batch).logits, stacked(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert {len(layer.lora_A["default"].weight) for layer in lora_layers(combined).values()} == {16}
+
+
+def test_scalings_and_ranks_of_both_go_into_one(finished: Path, tmp_path: Path) -> None:
+    lora, kore = (finished / "run" / "train" / name / "adapter" for name in ("lora", "kore"))
+    ranks = combine_adapters(lora, kore, tmp_path / "both")
+    one, two, both = (read_adapter(folder) for folder in (lora, kore, tmp_path / "both"))
+    assert set(ranks.values()) == {12}
+    for name in ranks:
+        wanted = sum(a.scalings()[name] * (a.B[name] @ a.A[name]) for a in (one, two))
+        torch.testing.assert_close(both.scalings()[name] * (both.B[name] @ both.A[name]), wanted)
