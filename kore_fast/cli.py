@@ -15,6 +15,8 @@ from kore_fast.errors import KoreError
 if TYPE_CHECKING:
     import torch
 
+    from kore_fast.evaluation.answering import Answerer
+
 STAGES = {
     "augment": "items → samples and held-out questions",
     "covariance": "old knowledge → covariances of every linear input",
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             others = {
                 "augment": _augment,
                 "compare": _compare,
+                "evaluate": _evaluate,
                 "convert": _convert,
                 "spectrum": _spectrum,
                 "verify": _verify,
@@ -106,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--verbose", action="store_true", help="say more about what is done")
         if name in ("init", "train", "evaluate"):
             command.add_argument("--method", help="only this method of the recipe")
+        if name == "evaluate":
+            place.nargs = "?"
+            _evoke_arguments(command)
     compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
     compare.add_argument(
         "--minutes", type=float, default=float("inf"), metavar="M", help="start no further run after so long"
@@ -151,6 +157,33 @@ def _parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="versions, devices and what was built")
     env.add_argument("--verbose", action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _evoke_arguments(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("EVOKE, instead of a recipe")
+    group.add_argument("--evoke", type=Path, metavar="FILE", help="evoke_evaluation_data.jsonl, its pictures below it")
+    group.add_argument(
+        "--model", metavar="MODEL", help="a folder or a hub name; with --endpoint its name at the server"
+    )
+    group.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter of that model; it is not merged")
+    group.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server, as http://localhost:8000/v1")
+    group.add_argument("--api-key-env", metavar="VAR", help="the environment variable that holds the server's key")
+    group.add_argument("--limit", type=_count, metavar="N", help="only the first N questions")
+    group.add_argument(
+        "--batch-size", type=_count, metavar="N", help="questions (at a server: requests) at once (default: 8)"
+    )
+    group.add_argument("--max-new-tokens", type=_count, metavar="N", help="of an answer (default: 128, EVOKE's)")
+    group.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: as stored"
+    )
+    group.add_argument("--device", help="where to compute (default: a GPU where there is one)")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: want at least 1")
+    return number
 
 
 def _adapter_and_model(command: argparse.ArgumentParser) -> None:
@@ -269,6 +302,89 @@ def _augment(options: argparse.Namespace) -> int:
     run_stages(run, [augment_stage(items, plan, resolve, run, name)])
     print(_told(run / "augment", image_root(items, plan, run / "augment")))
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    """A recipe's stages, or EVOKE's questions to one model."""
+    from kore_fast.errors import RecipeError
+
+    if (options.recipe is None) == (options.evoke is None):
+        raise RecipeError("evaluate: give a recipe or --evoke FILE, one of them")
+    if options.recipe is not None:
+        names = ("model", "adapter", "endpoint", "api_key_env", "limit", "batch_size", "max_new_tokens", "device")
+        given = [name for name in names if getattr(options, name) is not None]
+        if given:
+            raise RecipeError(f"evaluate: --{given[0].replace('_', '-')} goes with --evoke; a recipe says it itself")
+        return _run(options)
+    if options.model is None:
+        raise RecipeError(
+            "evaluate --evoke: name the model with --model: a folder, a hub name, or its name at --endpoint"
+        )
+    if options.method is not None or options.set:
+        raise RecipeError("evaluate --evoke: --method and --set are a recipe's")
+    return _evoke(options)
+
+
+def _evoke(options: argparse.Namespace) -> int:
+    from kore_fast.data.evoke import check_question_images, read_evoke_questions
+    from kore_fast.evaluation.answering import MAX_NEW_TOKENS
+    from kore_fast.evaluation.evoke import PREDICTIONS, evaluate_evoke, scores_markdown
+    from kore_fast.modules.loading import quiet_transformers
+    from kore_fast.progress import bar
+
+    if not options.verbose:
+        quiet_transformers()
+    questions = read_evoke_questions(options.evoke, check_images=False)
+    check_question_images(options.evoke, questions[: options.limit])
+    answerer = _answerer(options, options.max_new_tokens or MAX_NEW_TOKENS, options.batch_size or 8)
+    name = Path(options.model).resolve().name
+    if options.adapter is not None:  # most are called "adapter"; the folder above says whose
+        name += "-" + "-".join(options.adapter.resolve().parts[-2:])
+    folder = (options.run or Path("runs") / f"evoke-{name}").resolve()
+    scores = evaluate_evoke(
+        questions, options.evoke.resolve().parent, answerer, folder, limit=options.limit, progress=bar
+    )
+    # Types are many; they are in the files.
+    print(scores_markdown({**scores, "by_type": {}}))
+    print(f"Every prediction: {folder / PREDICTIONS}\nBy type as well: {folder / 'scores.md'}, {folder / 'scores.csv'}")
+    if scores["missing"]:
+        print(f"{scores['missing']:,} questions have no answer: give the same command again to ask them once more")
+    return 0
+
+
+def _answerer(options: argparse.Namespace, max_new_tokens: int, batch_size: int) -> Answerer:
+    import torch
+    from pydantic import ValidationError
+
+    from kore_fast.errors import RecipeError
+    from kore_fast.evaluation.answering import EndpointAnswerer, load_answerer
+
+    if options.endpoint is None:
+        if options.api_key_env is not None:
+            raise RecipeError("evaluate: --api-key-env goes with --endpoint")
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return load_answerer(
+            options.model,
+            options.adapter,
+            dtype=_dtype(options.dtype),
+            device=_device(device),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+    given = {"adapter": options.adapter, "device": options.device, "dtype": options.dtype != "auto" or None}
+    if what := next((name for name, value in given.items() if value is not None), None):
+        raise RecipeError(f"evaluate: --{what} is for the server to know; --model is the name that it serves it under")
+    try:
+        return EndpointAnswerer.greedy(
+            options.model,
+            options.endpoint,
+            api_key_env=options.api_key_env,
+            max_tokens=max_new_tokens,
+            concurrency=batch_size,
+        )
+    except ValidationError as error:
+        reasons = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        raise RecipeError(f"evaluate --endpoint: {reasons}") from None
 
 
 def _told(folder: Path, root: Path) -> str:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -89,7 +90,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON with a final newline; key order is kept, so equal values give equal files."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    encoder = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False)
+    # Piece by piece: the reports of a large set are as long as its texts.
+    write_pieces(path, chain(encoder.iterencode(value), "\n"))
 
 
 def write_pieces(path: str | Path, pieces: Iterable[str]) -> None:
@@ -116,18 +119,28 @@ def write_pieces(path: str | Path, pieces: Iterable[str]) -> None:
         raise
 
 
+# One encoder: `json.dumps` would make one for each of a hundred thousand rows.
+json_line = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line; only one is held at a time."""
-    write_pieces(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_pieces(path, (json_line(row) + "\n" for row in rows))
 
 
 def write_json_list(path: str | Path, rows: Iterable[Any]) -> None:
     """Write a JSON list, one value a line; only one is held at a time."""
+    write_json_lines(path, map(json_line, rows))
+
+
+def write_json_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """`write_json_list` for values that are JSON already, each by `json_line`."""
 
     def pieces() -> Iterator[str]:
         written = 0
-        for row in rows:
-            yield ("[\n" if not written else ",\n") + json.dumps(row, ensure_ascii=False, allow_nan=False)
+        for line in lines:
+            yield "[\n" if not written else ",\n"
+            yield line
             written += 1
         yield "\n]\n" if written else "[]\n"
 
@@ -272,6 +285,27 @@ def sha256_file(path: str | Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_LARGE = 64 << 20
+_EDGE = 1 << 20
+
+
+def quick_digest(path: str | Path) -> str:
+    """Hex SHA-256 of a file; of a file above 64 MiB, of its size, first and last MiB: enough to tell weights apart
+    without a minute of reading. Empty for what is no file."""
+    path = Path(path)
+    if not path.is_file():
+        return ""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size > _LARGE:
+            digest.update(file.read(_EDGE))
+            file.seek(-_EDGE, os.SEEK_END)
+        while block := file.read(_EDGE):
             digest.update(block)
     return digest.hexdigest()
 

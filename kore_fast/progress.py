@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
@@ -84,22 +84,29 @@ def _place(number: int, count: int | None) -> str:
 
 
 class RunClock:
-    """Time left in a run of several steps, from rough costs that the finished steps correct."""
+    """Time left in a run of several steps, from rough costs that the finished steps correct. A step whose cost is None
+    is left out of it."""
 
-    def __init__(self, costs: dict[str, float]) -> None:
-        self._costs = dict(costs)
+    def __init__(self, costs: Mapping[str, float | None]) -> None:
+        self._costs = {step: cost for step, cost in costs.items() if cost is not None}
+        self._unknown = [step for step, cost in costs.items() if cost is None]
         self._spent = 0.0
         self._foreseen = 0.0
 
     def left(self) -> float:
-        """Seconds that the steps not yet finished should take."""
+        """Seconds that the steps not yet finished should take, but for `unknown` ones."""
         # The prior weighs as much as one minute of measured work.
         speed = (self._spent + 60) / (self._foreseen + 60)
         return speed * sum(self._costs.values())
 
+    def unknown(self) -> list[str]:
+        """Steps not yet finished of which nobody can say how long they take."""
+        return list(self._unknown)
+
     def skip(self, step: str) -> None:
         """The step is done already and costs nothing."""
         self._costs.pop(step, None)
+        self._unknown = [one for one in self._unknown if one != step]
 
     def timed(self, step: str) -> _Timed:
         """A context in which the step runs."""
@@ -107,6 +114,9 @@ class RunClock:
 
     def finish(self, step: str, seconds: float) -> None:
         """The step took ``seconds``."""
+        if step in self._unknown:
+            self._unknown.remove(step)
+            return
         self._foreseen += self._costs.pop(step, 0.0)
         self._spent += seconds
 

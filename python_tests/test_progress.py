@@ -53,6 +53,14 @@ def test_time_left_follows_the_measured_speed() -> None:
     assert clock.left() == 0
 
 
+def test_a_step_of_unknown_length_is_named_and_teaches_nothing() -> None:
+    clock = RunClock({"a": None, "b": 200, "c": None})
+    assert (clock.left(), clock.unknown()) == (200, ["a", "c"])
+    clock.finish("a", 100_000)
+    clock.skip("c")
+    assert (clock.left(), clock.unknown()) == (200, [])
+
+
 def test_failed_step_is_still_counted() -> None:
     clock = RunClock({"a": 5, "b": 5})
     with pytest.raises(KeyError), clock.timed("a"):

@@ -18,8 +18,8 @@ from typing import Any
 
 import kore_fast
 from kore_fast.augmentation.provenance import PictureSource, Provenance
-from kore_fast.data.items import IMAGE_TOKEN, Item
-from kore_fast.data.samples import Sample
+from kore_fast.data.items import Item
+from kore_fast.data.samples import Sample, Written
 from kore_fast.files import write_text
 
 UNKNOWN = "unknown"
@@ -103,13 +103,18 @@ class CardTotals:
         if item.licence is None and len(self._item_unknown) < EXAMPLES:
             self._item_unknown.append(item.id)
 
-    def add_sample(self, sample: Sample, provenance: Provenance | None = None) -> None:
+    def add_sample(self, sample: Sample | Written, provenance: Provenance | None = None) -> None:
         """Take up a sample that was written."""
         origin = provenance or Provenance()
-        self._branches.setdefault(sample.branch or UNKNOWN, _Branch()).add(sample, origin)
+        branch = sample.branch or UNKNOWN
+        if branch not in self._branches:
+            self._branches[branch] = _Branch()
+        self._branches[branch].add(sample, origin)
         for image, source in zip(sample.images, origin.pictures, strict=False):
+            if source.own:
+                continue
             mark = int.from_bytes(hashlib.blake2b(image.encode(), digest_size=8).digest(), "big")
-            if not source.own and mark not in self._seen:
+            if mark not in self._seen:
                 self._seen.add(mark)
                 self._found.add(image, source)
 
@@ -198,18 +203,17 @@ class _Branch:
         self._flags: Counter[str] = Counter()
         self._pictures: Counter[str] = Counter()
 
-    def add(self, sample: Sample, origin: Provenance) -> None:
+    def add(self, sample: Sample | Written, origin: Provenance) -> None:
         self.samples += 1
-        self._rounds.add(len(sample.conversations) // 2)
-        characters = 0
-        for turn in sample.conversations:
-            text = turn.value.replace(IMAGE_TOKEN, "").strip()
-            characters += len(text)
-            (self._question_words if turn.speaker == "human" else self._answer_words).add(len(text.split()))
-        self._characters.add(characters)
+        self._rounds.add(len(sample.sizes) // 2)
+        # Turns alternate in every valid sample.
+        for place, (words, _) in enumerate(sample.sizes):
+            (self._answer_words if place % 2 else self._question_words).add(words)
+        self._characters.add(sum(characters for _, characters in sample.sizes))
         self._writers[origin.writer] += 1
         self._grounding[origin.grounding or "not checked"] += 1
-        self._flags.update(origin.flags)
+        for flag in origin.flags:
+            self._flags[flag] += 1
         for place in range(len(sample.images)):
             known = place < len(origin.pictures)
             self._pictures[("own" if origin.pictures[place].own else "found") if known else UNKNOWN] += 1

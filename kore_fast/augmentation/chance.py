@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 def rank(seed: int, *names: object) -> int:
     """A whole number from 0 to 2⁶⁴ − 1, evenly spread over different ``names``."""
-    text = "\x1f".join(str(name) for name in (seed, *names))
+    text = "\x1f".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
 
 

@@ -180,13 +180,14 @@ class Clip:
 
     def compute(self, kind: Kind, contents: dict[str, Any]) -> dict[str, np.ndarray]:
         """Vectors of one batch by key, not kept: of texts, or of pictures' bytes; without what cannot be decoded."""
+        model = self._model()
         if kind == "text":
-            return dict(zip(contents, self._model().texts(list(contents.values())), strict=True))
+            return dict(zip(contents, model.texts(list(contents.values())), strict=True))
         decoded = {}
         for key, data in contents.items():
             with suppress(DataError):
-                decoded[key] = self._model().prepare(_decode(io.BytesIO(data)))
-        return dict(zip(decoded, self._model().pictures(list(decoded.values())), strict=True)) if decoded else {}
+                decoded[key] = model.prepare(_decode(io.BytesIO(data)))
+        return dict(zip(decoded, model.pictures(list(decoded.values())), strict=True)) if decoded else {}
 
     def adopt(self, kind: Kind, vectors: dict[str, np.ndarray]) -> None:
         """Keep vectors that another process computed with the same `weights`; those that are there stay."""
@@ -319,14 +320,15 @@ class Clip:
         vectors = self._cache.read(self.weights, "picture", hashes.values())
         broken: dict[Path, str] = {}
         for batch in _batches(_waiting(hashes, vectors), self.options.batch_size):
-            decoded = {}
+            # Outside of what is caught: weights that are not there are not the picture's fault.
+            model, decoded = self._model(), {}
             for key, path in batch:
                 try:
-                    decoded[key] = self._model().prepare(_decode(path))
+                    decoded[key] = model.prepare(_decode(path))
                 except DataError as error:
                     broken |= {other: str(error) for other, its in hashes.items() if its == key}
             if decoded:
-                rows = self._model().pictures(list(decoded.values()))
+                rows = model.pictures(list(decoded.values()))
                 vectors |= self._cache.write(self.weights, "picture", dict(zip(decoded, rows, strict=True)))
         return vectors, broken
 

@@ -1,5 +1,5 @@
-"""The slow parts of an augmentation over Ray Data, on one machine or on a cluster: requests to the language model,
-image search with its downloads, and CLIP's vectors.
+"""The slow parts of an augmentation over Ray Data, on one machine or on a cluster: what a language model is to write,
+image search with its downloads, and CLIP's vectors. A judge is asked by the driver.
 
 Workers hold nothing that lasts and need no shared disk. They are sent what is missing in the caches, row by row, and
 send back plain rows; the driver alone writes the caches. The assembly that follows reads them as ever, so that its
@@ -13,8 +13,10 @@ import json
 import logging
 import os
 import platform
+import socket
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -35,14 +37,15 @@ from kore_fast.augmentation.images.store import Outcome, Picture, PictureStore, 
 from kore_fast.augmentation.language import LanguageModelOptions, LanguageModelWriter, RequestCache
 from kore_fast.augmentation.language.asking import LazyConnection
 from kore_fast.augmentation.language.prompting import Prompt
-from kore_fast.augmentation.language.totals import Totals
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.data.items import Item
+from kore_fast.endpoint.totals import Totals
 from kore_fast.errors import DataError, KoreError, LanguageModelError
 from kore_fast.progress import Progress, silent
 
 log = logging.getLogger(__name__)
 
+_CONNECT_SECONDS = 10.0
 _AT_A_TIME = 64
 """The most rows that a worker is handed at once."""
 _FRUITLESS = 3
@@ -129,10 +132,11 @@ class Cluster:
         if not ray.is_initialized():
             # Ray would else report to its makers that it is used.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            _refuse_a_silent_address(self.options.address or os.environ.get("RAY_ADDRESS"))
             try:
                 ray.init(
                     self.options.address, include_dashboard=False if self.options.address is None else None,
-                    log_to_driver=False, logging_level=logging.WARNING,
+                    log_to_driver=False, logging_level=logging.ERROR,
                 )  # fmt: skip
             except (ConnectionError, RuntimeError, ValueError) as error:
                 where = self.options.address or "this machine"
@@ -301,23 +305,40 @@ class Cluster:
                     num_cpus=0,
                     label_selector=here,
                 )
-            data = data.map_batches(
-                work.kind,
-                fn_constructor_kwargs=work.arguments,
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(
-                    min_size=max(1, min(places, work.workers, len(blocks))),
-                    max_size=max(1, min(work.workers, len(blocks))),
-                    max_tasks_in_flight_per_actor=2,
-                    max_concurrent_calls_per_actor=work.calls,
-                ),
-                num_cpus=self.options.cpus_per_worker,
-                num_gpus=work.gpus or None,
-                ray_remote_args_fn=_never_twice,
-            )
+            with warnings.catch_warnings():
+                # Ray calls 'ray_remote_args_fn' deprecated; the extra admits only versions that have it.
+                warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
+                data = data.map_batches(
+                    work.kind,
+                    fn_constructor_kwargs=work.arguments,
+                    batch_size=1,
+                    batch_format="pyarrow",
+                    compute=ActorPoolStrategy(
+                        min_size=max(1, min(places, work.workers, len(blocks))),
+                        max_size=max(1, min(work.workers, len(blocks))),
+                        max_tasks_in_flight_per_actor=2,
+                        max_concurrent_calls_per_actor=work.calls,
+                    ),
+                    num_cpus=self.options.cpus_per_worker,
+                    num_gpus=work.gpus or None,
+                    ray_remote_args_fn=_never_twice,
+                )
             for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
                 yield from _rows(table)
+
+
+def _refuse_a_silent_address(address: str | None) -> None:
+    """Ray itself would wait for minutes at an address where nobody listens."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise DataError(
+            f"Ray at {address}: nobody answers there ({error}); correct 'ray.address' (or RAY_ADDRESS), or leave it "
+            "out for a Ray of this machine"
+        ) from None
 
 
 def _never_twice() -> dict[str, Any]:
@@ -327,9 +348,14 @@ def _never_twice() -> dict[str, Any]:
 
 @contextmanager
 def _context() -> Iterator[None]:
-    """Ray Data's settings: rows come as they are made, and a worker that died does not end the rest."""
+    """Ray Data's settings: rows come as they are made, and a worker that died does not end the rest. Its reports on
+    every pass go to its log files alone."""
     from ray.data import DataContext
 
+    consoles = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
+    levels = [one.level for one in consoles]
+    for console in consoles:
+        console.setLevel(logging.ERROR)
     context = DataContext.get_current()
     wanted = {"target_max_block_size": 1, "max_errored_blocks": -1, "enable_progress_bars": False}
     before = {name: getattr(context, name) for name in wanted}
@@ -340,6 +366,8 @@ def _context() -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(context, name, value)
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)
 
 
 def _table(rows: Sequence[_Row]) -> Any:

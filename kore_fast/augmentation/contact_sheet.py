@@ -23,7 +23,7 @@ from kore_fast.augmentation.chance import rank
 from kore_fast.augmentation.provenance import PictureSource, Provenance
 from kore_fast.data.images import IMAGE_FORMATS, check_image
 from kore_fast.data.items import IMAGE_TOKEN
-from kore_fast.data.samples import Sample
+from kore_fast.data.samples import Sample, Written
 from kore_fast.errors import DataError
 from kore_fast.files import inside, write_text
 
@@ -53,18 +53,18 @@ class ContactSheet:
         self._branches: dict[str, int] = {}
         self._count = 0
 
-    def add(self, sample: Sample, provenance: Provenance | None = None) -> None:
+    def add(self, sample: Sample | Written, provenance: Provenance | None = None) -> None:
         """Take up the next sample."""
         origin = provenance or Provenance()
         branch = sample.branch or "other"
         self._count += 1
         self._branches[branch] = self._branches.get(branch, 0) + 1
         heap = self._chosen.setdefault((branch, bool(origin.flags)), [])
-        one = _Chosen(-rank(self._seed, sample.id, "contact sheet"), self._count, sample, origin)
+        order = -rank(self._seed, sample.id, "contact sheet")
         if len(heap) < self._per_branch:
-            heapq.heappush(heap, one)
-        elif self._per_branch and one.order > heap[0].order:
-            heapq.heapreplace(heap, one)
+            heapq.heappush(heap, _Chosen(order, self._count, sample, origin))
+        elif self._per_branch and order > heap[0].order:
+            heapq.heapreplace(heap, _Chosen(order, self._count, sample, origin))
 
     def write(
         self,
@@ -125,7 +125,8 @@ def _visible(letter: str) -> str:
     return f"⟨U+{code:04X}⟩"
 
 
-def _card(sample: Sample, origin: Provenance, root: Path, names: Mapping[str, str]) -> dict[str, Any]:
+def _card(given: Sample | Written, origin: Provenance, root: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    sample = given.read() if isinstance(given, Written) else given
     turns = sample.conversations
     item = visible(sample.item or "")
     return {

@@ -6,16 +6,19 @@ can be added; `measure_grounding` tells precision and recall.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
+from kore_fast.augmentation.basis import Basis, code_mark
 from kore_fast.augmentation.prose import sentences
 from kore_fast.augmentation.quantities import MONTHS, Date, Number, dates, is_quantity, numbers
 from kore_fast.augmentation.writer import Round
@@ -67,6 +70,18 @@ class Judge(Protocol):
         ...
 
 
+class Memory(Protocol):
+    """Where verdicts are kept between runs: `RequestCache`."""
+
+    def derived(self, kind: str, item: str, basis: str) -> str | None:
+        """What was kept for an item, if on the same basis."""
+        ...
+
+    def keep_derived(self, kind: str, item: str, basis: str, value: str) -> None:
+        """Keep a value for an item."""
+        ...
+
+
 @dataclass(frozen=True)
 class Finding:
     """A round whose answer is not supported."""
@@ -89,13 +104,16 @@ class Grounded:
 class Grounding:
     """Checks rounds against their items.
 
-    A judge that has to be prepared is prepared afterwards, with what `to_judge` names.
+    A judge that has to be prepared is prepared afterwards, with what `to_judge` names. With a ``memory``, what the
+    checks have said of an item's rounds is not worked out again in a further run; `flush` keeps the last item's.
 
     Raises:
         DataError: options ask for a judge and there is none; the embedding's folder holds no model.
     """
 
-    def __init__(self, options: GroundingOptions | None = None, *, judge: Judge | None = None) -> None:
+    def __init__(
+        self, options: GroundingOptions | None = None, *, judge: Judge | None = None, memory: Memory | None = None
+    ) -> None:
         self.options = options or GroundingOptions()
         if self.options.judge != "off" and judge is None:
             raise DataError(
@@ -103,17 +121,26 @@ class Grounding:
             )
         self._judge = judge
         self._embedding = Embedding(self.options.embedding) if self.options.embedding else None
+        self._memory = None if memory is None else _Remembered(memory, self.options)
 
     def check(self, item: Item, question: str, answer: str) -> Verdict:
         """Whether the item's text, name and facts support ``answer``."""
-        return self.check_text(item.text, item.name, item.facts, question, answer)
+        return self._judged(self._own_verdict(item, question, answer), item, question, answer)
 
     def check_text(self, text: str, name: str, facts: Mapping[str, FactValue], question: str, answer: str) -> Verdict:
         """`check` for what is not an `Item`."""
-        verdict = self._own_verdict(text, name, facts, question, answer)
+        verdict = self._own_verdict(told := _Told(text, name, facts), question, answer)
+        return self._judged(verdict, told, question, answer)
+
+    def flush(self) -> None:
+        """Give what was found for the last item to the memory."""
+        if self._memory is not None:
+            self._memory.flush()
+
+    def _judged(self, verdict: Verdict, told: Item | _Told, question: str, answer: str) -> Verdict:
         if self._judge is None or not self._is_to_judge(verdict):
             return verdict
-        said = self._judge.supports(_evidence_text(text, name, facts), question, answer)
+        said = self._judge.supports(_evidence_text(told.text, told.name, told.facts), question, answer)
         if self.options.judge == "doubtful" and said.supported:
             return said
         return _both(verdict, said)
@@ -129,15 +156,17 @@ class Grounding:
         return [
             (text, one.question, one.answer)
             for one in rounds
-            if self.options.judge == "all"
-            or self._is_to_judge(self._own_verdict(item.text, item.name, item.facts, one.question, one.answer))
+            if self.options.judge == "all" or self._is_to_judge(self._own_verdict(item, one.question, one.answer))
         ]
 
-    def _own_verdict(self, text: str, name: str, facts: Mapping[str, FactValue], question: str, answer: str) -> Verdict:
+    def _own_verdict(self, told: Item | _Told, question: str, answer: str) -> Verdict:
         """What the checks and the embedding say."""
-        verdict = check_answer(text, name, facts, question, answer, self.options)
+        if self._memory is not None and isinstance(told, Item):
+            verdict = self._memory.verdict(told, question, answer)
+        else:
+            verdict = check_answer(told.text, told.name, told.facts, question, answer, self.options)
         if self._embedding is not None:
-            verdict = _both(verdict, self._likeness(text, name, facts, answer))
+            verdict = _both(verdict, self._likeness(told.text, told.name, told.facts, answer))
         return verdict
 
     def _is_to_judge(self, verdict: Verdict) -> bool:
@@ -168,6 +197,58 @@ class Grounding:
             if closest < self.options.embedding_threshold:
                 reasons.append(f"{sentence!r} is like no sentence of the text (similarity {closest:.2f})")
         return Verdict(not reasons, tuple(reasons))
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What of an item the checks read."""
+
+    text: str
+    name: str
+    facts: Mapping[str, FactValue]
+
+
+class _Remembered:
+    """Verdicts of `check_answer`, kept item by item; one look into the memory an item."""
+
+    # A sentence embedding, a judge and what becomes of a doubted answer come after the rules.
+    _AFTERWARDS: ClassVar = {"action", "embedding", "embedding_threshold", "judge"}
+    _CODE = ("kore_fast.augmentation.grounding", "kore_fast.augmentation.quantities", "kore_fast.augmentation.prose")
+
+    def __init__(self, memory: Memory, options: GroundingOptions) -> None:
+        self._memory, self._options = memory, options
+        self._basis = Basis(code_mark(*self._CODE), options.model_dump(mode="json", exclude=self._AFTERWARDS))
+        self._item: Item | None = None
+        self._of_item = ""
+        self._said: dict[str, list[str]] = {}
+        """Reasons against an answer, by question and answer."""
+        self._new = False
+
+    def verdict(self, item: Item, question: str, answer: str) -> Verdict:
+        """What `check_answer` says."""
+        if item is not self._item:
+            self._begin(item)
+        both = f"{len(question)} {question}{answer}".encode("utf-8", "surrogatepass")
+        asked = hashlib.blake2b(both, digest_size=16).hexdigest()
+        if asked not in self._said:
+            verdict = check_answer(item.text, item.name, item.facts, question, answer, self._options)
+            self._said[asked] = list(verdict.reasons)
+            self._new = True
+        reasons = self._said[asked]
+        return Verdict(not reasons, tuple(reasons))
+
+    def _begin(self, item: Item) -> None:
+        self.flush()
+        facts = json.dumps(list(item.facts.items()))
+        self._item, self._of_item = item, self._basis.of(item.text, item.name, facts)
+        kept = self._memory.derived("verdicts", item.id, self._of_item)
+        self._said = {} if kept is None else json.loads(kept)
+
+    def flush(self) -> None:
+        """Keep what was found for the last item."""
+        if self._item is not None and self._new:
+            self._memory.keep_derived("verdicts", self._item.id, self._of_item, json.dumps(self._said))
+        self._item, self._new = None, False
 
 
 def _both(one: Verdict, other: Verdict) -> Verdict:
@@ -246,18 +327,53 @@ _NEGATORS = _listed(
     not never no none nobody nothing neither nor without cannot hardly nowhere
     """
 )
+_TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|[,;:()]|\d[\d.,]*")
 _STRIPPED = re.compile(r"(?<=[^\W\d_])['’](?:s\b|(?=\W|$))")
 
 
-@dataclass(frozen=True)
+# Compared by identity: what is worked out for one is kept with it, as a text is held against many answers.
+@dataclass(frozen=True, eq=False)
 class _Sentence:
     words: tuple[str, ...]
     """As written; punctuation that separates clauses as itself."""
     stems: frozenset[str]
     """Content words."""
 
+    @cached_property
+    def folded(self) -> tuple[str, ...]:
+        return tuple(_fold(word) for word in self.words)
 
-@dataclass(frozen=True)
+    @cached_property
+    def folded_set(self) -> frozenset[str]:
+        return frozenset(self.folded)
+
+    @cached_property
+    def stemmed(self) -> tuple[str, ...]:
+        """Each word without its ending, those without content too."""
+        return tuple(_stem(word) for word in self.folded)
+
+    @cached_property
+    def quantities(self) -> frozenset[str]:
+        """Its numbers and units in words, without endings."""
+        return frozenset(_stem(word) for word in self.folded if is_quantity(word))
+
+    @cached_property
+    def short(self) -> frozenset[str]:
+        """Its words of one or two letters, without endings."""
+        folded = zip(self.words, self.stemmed, strict=True)
+        return frozenset(stem for word, stem in folded if len(word) < 3)
+
+    @cached_property
+    def names(self) -> list[tuple[int, int, frozenset[str]]]:
+        """(first place, last place, words) of each capitalised name."""
+        return _names(self)
+
+    @cached_property
+    def scopes(self) -> list[tuple[str, list[str]]]:
+        return _scopes(self)
+
+
+@dataclass(frozen=True, eq=False)
 class _Reading:
     text: str
     dates: tuple[Date, ...]
@@ -272,6 +388,25 @@ class _Reading:
     """Runs of capitalised words."""
     plain: frozenset[str] = frozenset()
     """Words written without a capital, folded."""
+
+    @cached_property
+    def initials(self) -> set[str]:
+        """Of its names of several words."""
+        return {"".join(w[0] for w in span).casefold() for span in self.spans if len(span) > 1}
+
+    @cached_property
+    def opposing(self) -> set[str]:
+        """Its words, but for those that only compare numbers."""
+        return {_fold(w) for w in _WORD.findall(re.sub(r"\b(more|less|fewer) than\b", "", self.text))}
+
+    @cached_property
+    def begins(self) -> set[str]:
+        """The first letters of its content words."""
+        return {stem[:5] for stem in self.stems if len(stem) >= 5}
+
+    @cached_property
+    def polarity(self) -> tuple[set[str], set[str], list[tuple[str, list[str]]]]:
+        return _polarity(self)
 
 
 def _evidence_text(text: str, name: str, facts: Mapping[str, FactValue]) -> str:
@@ -322,7 +457,7 @@ def _read(text: str) -> _Reading:
     parts = []
     for line in text.split("\n"):
         for sentence in sentences(line) if line.strip() else []:
-            tokens = tuple(re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*|[,;:()]|\d[\d.,]*", sentence))
+            tokens = tuple(_TOKEN.findall(sentence))
             stems = frozenset(_stem(_fold(w)) for w in tokens if w[0].isalpha() and _fold(w) not in _FUNCTION)
             parts.append(_Sentence(tokens, stems))
     written = [match.group() for match in _WORD.finditer(text)]
@@ -495,8 +630,7 @@ def _entities(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
         return []
     reasons = []
     openers = {sentence.words[0] for sentence in said.sentences if sentence.words}
-    initials = {"".join(w[0] for w in span).casefold() for span in told.spans if len(span) > 1}
-    in_one_sentence = [{_fold(w) for w in sentence.words} for r in (told, asked) for sentence in r.sentences]
+    in_one_sentence = [sentence.folded_set for reading in (told, asked) for sentence in reading.sentences]
     for span in said.spans:
         words = list(span)
         if words[0] in openers and len(words) == 1 and not _looks_like_a_name(words[0], said):
@@ -506,7 +640,7 @@ def _entities(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
         folded = [_fold(word) for word in words if _fold(word) not in MONTHS and _fold(word) not in _FUNCTION]
         if not folded or "".join(folded) in ("ok", "bc", "ad", "am", "pm"):
             continue
-        unknown = [word for word in folded if not _name_known(word, words, told, asked, initials)]
+        unknown = [word for word in folded if not _name_known(word, words, told, asked, told.initials)]
         if unknown and "".join(w[0] for w in folded) not in told.words:
             reasons.append(f"name {' '.join(span)!r}: {', '.join(repr(word) for word in unknown)} not in the text")
             continue
@@ -553,14 +687,16 @@ def _roles(said: _Reading, told: _Reading, asked: _Reading, own: _Reading) -> li
         if len(names) != 1 or not names[0] & told.words:
             continue
         name = names[0]
-        named = {_stem(word) for word in name} | {_stem(w) for w in map(_fold, sentence.words) if is_quantity(w)}
+        named = {_stem(word) for word in name} | sentence.quantities
         predicate = (sentence.stems - named) or (asked.stems - named)
         near: list[bool] = []
         others: list[str] = []
         for other in told.sentences:
+            if predicate.isdisjoint(other.stemmed):
+                continue
             placed = _placed_names(other, own)
-            for place, word in enumerate(other.words):
-                if _stem(_fold(word)) not in predicate or not placed or any(_fold(word) in one for _, one in placed):
+            for place, (stem, word) in enumerate(zip(other.stemmed, other.folded, strict=True)):
+                if stem not in predicate or not placed or any(word in one for _, one in placed):
                     continue
                 distance = min(abs(at - place) for at, _ in placed)
                 closest = [one for at, one in placed if abs(at - place) <= distance]
@@ -572,22 +708,22 @@ def _roles(said: _Reading, told: _Reading, asked: _Reading, own: _Reading) -> li
 
 
 def _placed_names(sentence: _Sentence, own: _Reading) -> list[tuple[int, frozenset[str]]]:
-    """(place, words) of each capitalised name of a sentence that is not the item's; every word has its place."""
-    placed = []
+    """(place, words) of each capitalised name of a sentence that is not the item's, by its first and last place."""
+    return [(at, name) for first, last, name in sentence.names if not name & own.words for at in (first, last)]
+
+
+def _names(sentence: _Sentence) -> list[tuple[int, int, frozenset[str]]]:
+    found = []
     run: list[int] = []
-    for place, word in enumerate((*sentence.words, ".")):
-        folded = _fold(word)
-        capital = word[0].isupper() and folded not in _FUNCTION and folded not in MONTHS and folded not in _TITLES
-        if capital:
+    for place, (word, folded) in enumerate(zip((*sentence.words, "."), (*sentence.folded, "."), strict=True)):
+        if word[0].isupper() and folded not in _FUNCTION and folded not in MONTHS and folded not in _TITLES:
             run.append(place)
             continue
         # A sentence's first word alone may be any word.
         if run and run != [0]:
-            name = frozenset(_fold(sentence.words[at]) for at in run)
-            if not name & own.words:
-                placed += [(at, name) for at in (run[0], run[-1])]
+            found.append((run[0], run[-1], frozenset(sentence.folded[at] for at in run)))
         run = []
-    return placed
+    return found
 
 
 def _quotations(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
@@ -617,15 +753,17 @@ _DENYING = re.compile(r"\b(?:fail|refus|unable|lack|prevent|forbid|banned|imposs
 
 def _scopes(sentence: _Sentence) -> list[tuple[str, list[str]]]:
     """Each negation of a sentence and what it denies: up to four content words after it, in its clause."""
-    words = [_fold(word) for word in sentence.words]
-    scopes = []
+    words = sentence.folded
+    scopes: list[tuple[str, list[str]]] = []
+    if sentence.folded_set.isdisjoint(_NEGATORS) and not any(word.endswith("n't") for word in words):
+        return scopes
     for place, word in enumerate(words):
         if not (word in _NEGATORS or word.endswith("n't")):
             continue
         after = words[place + 1 : place + 2]
         if after and after[0] in _NOT_DENYING and not (after[0] == "one" and word == "no"):
             continue
-        if place == 0 and word == "no" and after == [","]:
+        if place == 0 and word == "no" and after == (",",):
             continue
         scope: list[str] = []
         for other in words[place + 1 :]:
@@ -644,7 +782,7 @@ def _polarity(reading: _Reading) -> tuple[set[str], set[str], list[tuple[str, li
     plain: set[str] = set()
     scopes: list[tuple[str, list[str]]] = []
     for sentence in reading.sentences:
-        here = _scopes(sentence)
+        here = sentence.scopes
         scopes += here
         inside = {stem for _, scope in here for stem in scope}
         denied |= inside
@@ -655,15 +793,17 @@ def _polarity(reading: _Reading) -> tuple[set[str], set[str], list[tuple[str, li
 def _denied_in_words(stem: str, told: _Reading) -> bool:
     """Whether the text says a thing with "failed to", "is forbidden": what denies it without a "not"."""
     for sentence in told.sentences:
-        others = " ".join(_fold(word) for word in sentence.words if _stem(_fold(word)) != stem)
-        if stem in sentence.stems and _DENYING.search(others):
+        if stem not in sentence.stems:
+            continue
+        others = " ".join(word for word in sentence.folded if _stem(word) != stem)
+        if _DENYING.search(others):
             return True
     return False
 
 
 def _negation(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
-    told_denied, told_plain, told_scopes = _polarity(told)
-    said_denied, said_plain, scopes = _polarity(said)
+    told_denied, told_plain, told_scopes = told.polarity
+    said_denied, said_plain, scopes = said.polarity
     reasons = []
     for negator, scope in scopes:
         if negator == "without":  # "without power" may be said of what was lost
@@ -722,25 +862,25 @@ _SIDES = [
 def _opposites(said: _Reading, told: _Reading, asked: _Reading) -> list[str]:
     if any(word in _NEGATORS or word.endswith("n't") for word in said.words):
         return []
-    said_words = {_fold(w) for w in re.findall(_WORD, re.sub(r"\b(more|less|fewer) than\b", "", said.text))}
+    said_words = said.opposing
     reasons = []
     for sides in _SIDES:
         for mine, other in (sides, sides[::-1]):
-            used = sorted(mine & said_words)
-            if used and not other & said_words and other & told.words and not mine & told.words:
-                has = sorted(other & told.words)[0]
-                if has not in ("may",) and used[0] != "may":
-                    reasons.append(f"says {used[0]!r} where the text says {has!r}")
+            if mine.isdisjoint(said_words):
+                continue
+            if not other & said_words and other & told.words and not mine & told.words:
+                used, has = sorted(mine & said_words)[0], sorted(other & told.words)[0]
+                if has not in ("may",) and used != "may":
+                    reasons.append(f"says {used!r} where the text says {has!r}")
     return reasons
 
 
 def _words_told(said: _Reading, told: _Reading, asked: _Reading, least: float) -> list[str]:
-    begins = {stem[:5] for stem in told.stems if len(stem) >= 5}
+    begins = told.begins
     reasons = []
     for sentence in said.sentences:
         # The question's words come again whether the answer is right or not.
-        units = {_stem(_fold(word)) for word in sentence.words if len(word) < 3 or is_quantity(_fold(word))}
-        new = sentence.stems - asked.stems - units
+        new = sentence.stems - asked.stems - sentence.quantities - sentence.short
         told_here = {stem for stem in new if stem in told.stems or (len(stem) >= 5 and stem[:5] in begins)}
         if len(new) >= 3 and len(told_here) < least * len(new):
             reasons.append(f"says much that the text does not: {', '.join(sorted(new - told_here))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kore_fast.augmentation.chance import pick, shuffled
 from kore_fast.augmentation.options import AugmentationOptions
@@ -24,15 +24,22 @@ def held_out_questions(
     question is left out when containment of the answer would prove nothing (it stands in the question, or matches any
     text), when several answers are right, or when the picture belongs to several items.
     """
-    owners = Counter(item.image for item in items)
-    questions: list[Question] = []
     left_out: Counter[str] = Counter()
+    questions = list(stream_questions(items, wordings, options, left_out))
+    return questions, dict(sorted(left_out.items()))
+
+
+def stream_questions(
+    items: Sequence[Item], wordings: Wordings, options: AugmentationOptions, left_out: Counter[str]
+) -> Iterator[Question]:
+    """`held_out_questions` one by one; what is left out is counted in ``left_out``."""
+    owners = Counter(item.image for item in items)
     for item in items:
         keys = [key for key in item.facts if wordings.fact(key).held_out]
         for key in keys:
             question = _question(item, key, "by_name", wordings.reference(item), wordings, options)
             if isinstance(question, Question):
-                questions.append(question)
+                yield question
             else:
                 left_out[f"by_name: {question}"] += 1
         if owners[item.image] > 1:
@@ -45,11 +52,10 @@ def held_out_questions(
                 break
             question = _question(item, key, "by_picture", pictured, wordings, options)
             if isinstance(question, Question):
-                questions.append(question)
+                yield question
                 asked += 1
             else:
                 left_out[f"by_picture: {question}"] += 1
-    return questions, dict(sorted(left_out.items()))
 
 
 def _question(
@@ -89,4 +95,7 @@ def short_answer(value: FactValue) -> str | None:
 
 def contains(text: str, answer: str) -> bool:
     """Whether ``answer`` stands in ``text`` on word boundaries, whatever the case."""
+    # Most answers do not, and a pattern takes longer to compile than to match; beyond ASCII cases are less simple.
+    if text.isascii() and answer.isascii() and answer.lower() not in text.lower():
+        return False
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None

@@ -12,22 +12,26 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kore_fast.augmentation.augment import UNSUPPORTED, Assembly, Reject
+from kore_fast.augmentation.basis import Basis, code_mark, package_mark
 from kore_fast.augmentation.card import CardInfo, CardTotals, Costs, write_card
 from kore_fast.augmentation.clip import Clip
 from kore_fast.augmentation.cluster import Cluster
 from kore_fast.augmentation.contact_sheet import ContactSheet
+from kore_fast.augmentation.foresight import describe_time, foresee_judge, search_seconds
 from kore_fast.augmentation.found_images import FoundImages, Wanted, wanted_of
 from kore_fast.augmentation.grounding import Grounding
 from kore_fast.augmentation.images import PictureSearch, Report
 from kore_fast.augmentation.images.search import normal_query
-from kore_fast.augmentation.language import LanguageModelWriter
+from kore_fast.augmentation.language import LanguageModelWriter, RequestCache
 from kore_fast.augmentation.language.judge import LanguageModelJudge
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.augmentation.provenance import TEMPLATES
@@ -35,12 +39,14 @@ from kore_fast.augmentation.templates import TemplateWriter
 from kore_fast.augmentation.wordings import Wordings, wordings_beside
 from kore_fast.augmentation.writer import ImageSource, OwnImage, Writer
 from kore_fast.data.formats import FORMATS
-from kore_fast.data.items import Item, load_items
+from kore_fast.data.images import MAX_PIXELS
+from kore_fast.data.items import Item, image_problem, load_items
 from kore_fast.data.questions import write_questions
-from kore_fast.data.samples import Sample, stream_samples, write_samples
+from kore_fast.data.samples import Written, stream_samples, write_samples, write_written
+from kore_fast.endpoint.totals import money
 from kore_fast.errors import DataError
-from kore_fast.files import write_json, write_jsonl
-from kore_fast.progress import Progress, silent
+from kore_fast.files import inside, sha256_file, write_json, write_jsonl
+from kore_fast.progress import Progress, minutes, silent
 
 IMAGES = "images"
 """The samples' image folder where pictures are searched for; else it is that of the items."""
@@ -72,14 +78,20 @@ def read_parts(items_file: Path, plan: AugmentationPlan, cache: Path, stack: Exi
         DataError: the items file cannot be used, or a part is not set up.
     """
     bad: list[str] = []
-    items = load_items(items_file, skip=bad.append if plan.skip_bad_items else None)
+    requests = None
+    if plan.language_model is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        requests = stack.enter_context(RequestCache(cache / "requests.sqlite"))
+    items = load_items(
+        items_file,
+        skip=bad.append if plan.skip_bad_items else None,
+        picture_problem=None if requests is None else partial(_picture_problem, requests, _picture_basis()),
+    )
     wordings = wordings_beside(items_file)
     model = None
     writer: Writer = TemplateWriter(wordings, plan)
-    if plan.language_model is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        writer = model = LanguageModelWriter(plan.language_model, cache / "requests.sqlite", wordings, plan)
-        stack.callback(model.cache.close)
+    if plan.language_model is not None and requests is not None:
+        writer = model = LanguageModelWriter(plan.language_model, requests, wordings, plan)
     search = clip = None
     if plan.image_search is not None:
         if plan.clip is None:
@@ -92,6 +104,24 @@ def read_parts(items_file: Path, plan: AugmentationPlan, cache: Path, stack: Exi
     return Parts(items, bad, wordings, writer, model, search, clip)
 
 
+def _picture_problem(kept: RequestCache, basis: str, root: str | Path, relative: str) -> str | None:
+    """`image_problem`; a picture of the same bytes that could be decoded once is not decoded again."""
+    try:
+        digest = sha256_file(inside(root, relative))
+    except (DataError, OSError, RuntimeError, ValueError):
+        return image_problem(root, relative)
+    if kept.derived("picture", digest, basis) is None:
+        problem = image_problem(root, relative)
+        if problem is not None:
+            return problem
+        kept.keep_derived("picture", digest, basis, "")
+    return None
+
+
+def _picture_basis() -> str:
+    return Basis(code_mark("kore_fast.data.images"), package_mark("pillow"), MAX_PIXELS).of()
+
+
 def describe_cost(items_file: Path, plan: AugmentationPlan, cache: Path) -> str:
     """What a run would ask and cost, in lines for people; nothing is sent.
 
@@ -101,16 +131,39 @@ def describe_cost(items_file: Path, plan: AugmentationPlan, cache: Path) -> str:
     with ExitStack() as stack:
         parts = read_parts(items_file, plan, cache, stack)
         lines = [f"{len(parts.items):,} items" + (f", {len(parts.bad_items):,} left out" if parts.bad_items else "")]
-        if parts.language_model is None:
+        model = parts.language_model
+        if model is None:
             lines.append("writer: templates, no requests")
         else:
-            lines.append(f"{parts.language_model.model.model}: {parts.language_model.estimate(parts.items).describe()}")
+            lines += _requests_foreseen(plan, parts, model)
         if parts.search is not None:
             wanted = {query for one in _wanted(plan, parts) for query in one.queries}
             known = sum(parts.search.known(query) for query in wanted)
-            more = "" if parts.language_model is None else ", and those of VQA once it is written"
-            lines.append(f"{parts.search.provider.name}: {len(wanted) - known:,} searches, {known:,} known{more}")
+            more = "" if model is None else ", and those of VQA once it is written"
+            least = search_seconds(parts.search, len(wanted) - known)
+            time = f"; {minutes(least)} by the rate, and the downloads" if least else ""
+            lines.append(f"{parts.search.provider.name}: {len(wanted) - known:,} searches, {known:,} known{more}{time}")
         return "\n".join(lines)
+
+
+def _requests_foreseen(plan: AugmentationPlan, parts: Parts, model: LanguageModelWriter) -> list[str]:
+    """The writer's and the judge's requests, both together, and the time."""
+    written = model.estimate(parts.items)
+    lines = [f"{model.model.model}: {written.describe()}"]
+    requests, tokens = written.requests, written.prompt_tokens + written.completion_tokens
+    rounds, at_most = written.batches, ""
+    judged = foresee_judge(plan, parts.items, model, parts.wordings)
+    if judged is not None:
+        lines.append(f"judge: {judged.describe()}")
+        requests += judged.requests + judged.further
+        tokens += judged.prompt_tokens + judged.completion_tokens
+        rounds += bool(judged.requests + judged.further)
+        at_most = "at most " if judged.further else ""
+        cost = None if written.cost is None or judged.cost is None else written.cost + judged.cost
+        lines.append(f"together: {at_most}{requests:,} requests, {tokens:,} tokens, {money(cost)}")
+    if requests:
+        lines.append(describe_time(model.model, requests, tokens, rounds=rounds))
+    return lines
 
 
 def produce(
@@ -161,10 +214,12 @@ def _grounding(
     checks, model = plan.checks, parts.language_model
     if checks is None:
         return None, None
-    if checks.judge == "off" or model is None:
+    if model is None:
         return Grounding(checks), None
+    if checks.judge == "off":
+        return Grounding(checks, memory=model.cache), None
     judge = LanguageModelJudge(model.model, model.cache, seed=plan.seed)
-    grounding = Grounding(checks, judge=judge)
+    grounding = Grounding(checks, judge=judge, memory=model.cache)
     written = Assembly(parts.items, plan, wordings=parts.wordings, writer=parts.writer).to_check()
     judge.prepare((case for item, rounds in written for case in grounding.to_judge(item, rounds)), show)
     return grounding, judge
@@ -225,6 +280,9 @@ def _write(
 ) -> dict[str, Any]:
     model = parts.language_model
     writer_name = TEMPLATES if model is None else model.model.model
+    # Found pictures, a sentence embedding and a judge have caches and counts of their own.
+    checks = None if grounding is None else grounding.options
+    recallable = isinstance(images, OwnImage) and judge is None and (checks is None or checks.embedding is None)
     assembly = Assembly(
         parts.items,
         plan,
@@ -233,20 +291,21 @@ def _write(
         writer_name=writer_name,
         images=images,
         grounding=grounding,
+        memory=None if model is None or not recallable else model.cache,
     )
     totals, sheet = CardTotals(), ContactSheet(per_branch=plan.contact_sheet, seed=plan.seed)
     for item in parts.items:
         totals.add_item(item)
 
-    def samples() -> Iterator[Sample]:
-        for sample, provenance in assembly.samples():
+    def samples() -> Iterator[Written]:
+        for sample, provenance in assembly.written():
             # The card counts; what exactly is doubted stands on the sheet.
-            flags = {kind_of(UNSUPPORTED + flag) for flag in provenance.flags}
-            totals.add_sample(sample, replace(provenance, flags=tuple(sorted(flags))))
+            kinds = {kind_of(UNSUPPORTED + flag) for flag in provenance.flags}
+            totals.add_sample(sample, replace(provenance, flags=tuple(sorted(kinds))) if kinds else provenance)
             sheet.add(sample, provenance)
             yield sample
 
-    write_samples(folder / "samples.json", samples())
+    write_written(folder / "samples.json", samples())
     write_samples(folder / "knowledge.json", assembly.knowledge())
     write_questions(folder / "questions.jsonl", assembly.questions())
     rejects = [*(_item_reject(problem) for problem in parts.bad_items), *assembly.rejects]
@@ -256,10 +315,15 @@ def _write(
         for owner, report in reports
     )
     write_jsonl(folder / REJECTS, (reject.as_dict() for reject in rejects))
+    kinds: Counter[str] = Counter()
     for reject in rejects:
         detail = f"{reject.reason}: {reject.example}" if reject.example else reject.reason
-        totals.add_reject(kind_of(reject.reason), item=reject.item, branch=reject.branch, example=detail)
+        kind = kind_of(reject.reason)
+        kinds[kind] += 1
+        totals.add_reject(kind, item=reject.item, branch=reject.branch, example=detail)
     summary = assembly.summary()
+    # Item by item they are in the file of rejects.
+    summary["rejects"] = {"total": len(rejects), "reasons": dict(sorted(kinds.items()))}
     summary["writer"] = {"writer": TEMPLATES} if model is None else model.summary()
     if judge is not None:
         summary["judge"] = judge.summary()

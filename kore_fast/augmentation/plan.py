@@ -17,6 +17,21 @@ from kore_fast.augmentation.options import AugmentationOptions
 
 FormatName = Literal["llama-factory", "swift", "messages", "parquet"]
 
+_HOW: dict[str, set[str] | bool] = {
+    "language_model": {
+        "api_key_env", "attempts", "backoff", "longest_wait", "timeout", "concurrency", "requests_per_minute",
+        "tokens_per_minute", "batch_api", "batch_requests", "batch_bytes", "batch_poll",
+    },
+    "image_search": {
+        "contact", "key_env", "timeout", "concurrency", "per_host", "requests_per_minute", "retries", "backoff",
+        "patience",
+    },
+    "clip": {"batch_size", "device"},
+    "ray": True,
+}  # fmt: skip
+"""Options that say how fast, how patiently, where and by whose key the caches are filled, but not what is written. What
+a server did not answer in time is asked again by the next run whatever these are."""
+
 
 class AugmentationPlan(AugmentationOptions):
     """`AugmentationOptions`, and the parts of the pipeline beside the template writer."""
@@ -50,6 +65,10 @@ class AugmentationPlan(AugmentationOptions):
     def checks(self) -> GroundingOptions | None:
         """The grounding check in force."""
         return self.grounding or (GroundingOptions() if self.language_model is not None else None)
+
+    def decisive(self) -> dict[str, Any]:
+        """The options on which the samples and their card depend; plain JSON values."""
+        return self.model_dump(mode="json", exclude=_HOW)
 
     def files(self) -> list[Path]:
         """Files and folders, of a resolved plan, on whose content the samples depend."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 _CLAUSE_END = re.compile(r"[,;:—]")
@@ -10,12 +11,18 @@ _CLAUSE_END = re.compile(r"[,;:—]")
 
 def sentences(text: str) -> list[str]:
     """The text's sentences, on one line each."""
+    return list(_sentences(text))
+
+
+# A text is taken apart by several in turn: writers, the grounding check, links.
+@lru_cache(maxsize=64)
+def _sentences(text: str) -> tuple[str, ...]:
     flat = " ".join(text.split())
     found, start = [], 0
     for end in _SENTENCE_END.finditer(flat):
         found.append(flat[start : end.end()].strip())
         start = end.end()
-    return [*found, flat[start:]] if flat[start:] else found
+    return (*found, flat[start:]) if flat[start:] else tuple(found)
 
 
 def shorten(text: str, words: int) -> tuple[str, str]:

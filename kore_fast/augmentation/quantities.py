@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 _ONES = (
     "zero", "one", "two", "three", "four", "five", "six", "seven",
@@ -55,7 +56,8 @@ for _dimension, _names in {
         for _one in _all.split():
             _UNITS[_one] = (_dimension, float(_factor))
 
-_CURRENCY = "$€£¥"
+_BEGIN = {*_SMALL, *_ORDINALS, *_TIMES, "half", "quarter", "a", "an"}
+"""The words that a number may begin with."""
 _TOKEN = re.compile(
     r"(?P<money>[$€£¥])\s?(?=\d)|(?P<digits>\d{1,3}(?:[,  ]\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?)"
     r"(?P<suffix>st|nd|rd|th|s|bn|mn|k)?(?![\w])|(?P<joined>\d+(?:\.\d+)?)(?=[a-zA-Z°%])|"
@@ -121,22 +123,25 @@ _BARE_MONTH = re.compile(
     rf"\b(?P<month>{'|'.join(name.capitalize() for name in MONTHS if name not in ('may', 'march', 'august'))})\b|"
     r"(?<=\bin )(?P<rare>May|March|August)\b|(?<=[a-z] )(?P<mid>August|May|March)\b(?=[.,;]|$| and | or | to )"
 )
+_ANY_MONTH = re.compile(_NAMES, re.I)
+_BY_NAME, _IN_FIGURES = _DATES[:3], _DATES[3:]
 
 
 def dates(text: str) -> tuple[list[Date], str]:
     """The dates of a text, and the text with blanks in their place."""
     found: list[Date] = []
-    for pattern in _DATES:
+    named = _ANY_MONTH.search(text) is not None
+    for pattern in [*(_BY_NAME if named else ()), *(_IN_FIGURES if re.search(r"\d[-./]\d", text) else ())]:
         for match in pattern.finditer(text):
             parts = match.groupdict()
-            named = parts["month"].lower().rstrip(".")
-            month = _MONTH[named] if named in _MONTH else int(named)
+            said = parts["month"].lower().rstrip(".")
+            month = _MONTH[said] if said in _MONTH else int(said)
             day = int(parts["day"]) if parts.get("day") else None
             year = int(parts["year"]) if parts.get("year") else None
             if 1 <= month <= 12 and (day is None or 1 <= day <= 31):
                 found.append(Date(year, month, day, match.group()))
                 text = text[: match.start()] + " " * len(match.group()) + text[match.end() :]
-    for match in _BARE_MONTH.finditer(text):
+    for match in _BARE_MONTH.finditer(text) if named else ():
         word = match.group()
         found.append(Date(None, _MONTH[word.lower()], None, word))
         text = text[: match.start()] + " " * len(word) + text[match.end() :]
@@ -150,6 +155,10 @@ def numbers(text: str) -> list[Number]:
     found: list[Number] = []
     place = 0
     while place < len(tokens):
+        word, sign = tokens[place]["word"], tokens[place]["sign"]
+        if sign or (word and word.lower().rstrip(".") not in _BEGIN):
+            place += 1
+            continue
         number, after = _number_at(text, tokens, place)
         if number is not None:
             found.append(number)
@@ -208,6 +217,7 @@ def _number_at(text: str, tokens: list[re.Match[str]], place: int) -> tuple[Numb
     return Number(value, kind, unit, noun, hedge, scaled, words, tokens[start].start()), place
 
 
+@lru_cache(maxsize=1 << 16)
 def is_quantity(word: str) -> bool:
     """Whether a lower-case word is a number or a unit: "forty", "million", "km", "days"."""
     return word in _SMALL or word in _SCALES or word in _ORDINALS or _unit(word) is not None

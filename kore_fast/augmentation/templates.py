@@ -42,6 +42,8 @@ class TemplateWriter:
             introduction = pick(generic.INTRODUCTION_TELL, seed, item.id, variant, "introduction")
             answer = fill(introduction, it=self.wordings.reference(item), prose=told)
             rounds = [Round(self._about(generic.INTRODUCTION_ASK, item, variant), answer, item.name)]
+        if self.options.rounds == 1:
+            return rounds
         keys = shuffled(sorted(item.facts), seed, item.id, "dialogue")
         start = sum(_facts_in(self._plan(earlier)) for earlier in range(variant))
         waiting = [keys[(start + place) % len(keys)] for place in range(len(keys))]
@@ -89,7 +91,11 @@ class TemplateWriter:
             it=self.wordings.reference(item),
             prose=summarise(item.text, self.options.summary_words),
         )
-        return Round(f"{self._about(generic.CAPTION_ASK, item, 'caption')} {generic.CAPTION_SUFFIX}", answer, item.name)
+        return Round(self.caption_question(item), answer, item.name)
+
+    def caption_question(self, item: Item) -> str:
+        """What a caption answers, whoever writes it."""
+        return f"{self._about(generic.CAPTION_ASK, item, 'caption')} {generic.CAPTION_SUFFIX}"
 
     def vqa(self, item: Item) -> list[Round]:
         """Questions on facts about what is pictured; of three or more, the last asks for two facts at once."""

@@ -11,6 +11,7 @@ import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -81,6 +82,17 @@ class Wordings(BaseModel):
 
     def fact(self, key: str) -> Fact:
         """The wordings for one fact key, generic where none are given."""
+        found = self.known_facts.get(key)
+        if found is None:
+            found = self.known_facts[key] = self._fact(key)
+        return found
+
+    @cached_property
+    def known_facts(self) -> dict[str, Fact]:
+        """What `fact` has made so far."""
+        return {}
+
+    def _fact(self, key: str) -> Fact:
         given = self.facts.get(key, FactWordings())
         return Fact(
             label=given.label or key.replace("_", " ").strip(),

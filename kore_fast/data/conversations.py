@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,14 +52,18 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def encode(
-    processor: Any, messages: Sequence[tuple[str, str]], images: Sequence[Path] = (), *, answer_follows: bool = False
+    processor: Any,
+    messages: Sequence[tuple[str, str]],
+    images: Sequence[Path | Image.Image] = (),
+    *,
+    answer_follows: bool = False,
 ) -> Encoded:
     """Tokens of a conversation in the processor's own chat format.
 
     Args:
         messages: (role, text) with roles ``"user"`` and ``"assistant"``, perhaps ``"system"`` first; each ``<image>``
             in a text shows a picture.
-        images: the pictures' files, in the order of their marks.
+        images: the pictures or their files, in the order of their marks.
         answer_follows: end with the mark that opens an answer, for generation.
 
     Each answer is tokenised apart from its prompt, as it is when the model generates it. An answer's closing mark
@@ -112,7 +117,9 @@ def _render(processor: Any, turns: list[dict[str, str]], *, add_generation_promp
     return str(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path | Image.Image) -> Image.Image:
+    if isinstance(path, Image.Image):
+        return path.convert("RGB")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -198,22 +205,46 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def training_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def training_order(
+    lengths: Sequence[int],
+    batch_size: int,
+    steps: int,
+    seed: int,
+    *,
+    old: Sequence[int] = (),
+    share_old: float = 0.0,
+) -> list[list[int]]:
     """The batches of a whole run: each epoch shuffled anew, like lengths together, every batch full.
 
     It is a function of its arguments alone, so that a resumed run sees what an uninterrupted one does. Within chunks of
     16 batches samples are sorted by length: little padding, yet the mix changes from epoch to epoch.
+
+    Args:
+        old: lengths of old samples to replay, whose indices go on from those of ``lengths``.
+        share_old: their share among all that are drawn, kept to within one sample in every chunk.
     """
+    if share_old > 0 and not old:
+        raise DataError("replay was asked for, but there are no old samples to draw from")
     rng = random.Random(seed)
     stream = _shuffled_forever(len(lengths), rng)
+    if share_old > 0:
+        again = _shuffled_forever(len(old), random.Random(f"replay {seed}"))
+        stream = _mixed(stream, (len(lengths) + index for index in again), share_old)
+    sizes = [*lengths, *old]
     batches: list[list[int]] = []
     while len(batches) < steps:
-        count = min(16, steps - len(batches))
-        chunk = sorted((next(stream) for _ in range(count * batch_size)), key=lambda i: (-lengths[i], i))
+        size = min(16, steps - len(batches)) * batch_size
+        chunk = sorted((next(stream) for _ in range(size)), key=lambda i: (-sizes[i], i))
         grouped = [chunk[start : start + batch_size] for start in range(0, len(chunk), batch_size)]
         rng.shuffle(grouped)
         batches += grouped
     return batches
+
+
+def _mixed(new: Iterator[int], old: Iterator[int], share_old: float) -> Iterator[int]:
+    """After n draws, n·share_old of them (rounded down) were old."""
+    for drawn in count(1):
+        yield next(old if int(drawn * share_old) > int((drawn - 1) * share_old) else new)
 
 
 def _shuffled_forever(n: int, rng: random.Random) -> Iterator[int]:
@@ -226,13 +257,17 @@ def _shuffled_forever(n: int, rng: random.Random) -> Iterator[int]:
 class ConversationDataset(Dataset[Encoded]):
     """Samples in the order in which a run trains on them, encoded when asked for.
 
-    Nothing is kept, so that memory does not grow with the data.
+    Nothing is kept, so that memory does not grow with the data; only ``old`` samples to replay, which are few, are held
+    as they are. Their indices go on from those of the samples.
     """
 
-    def __init__(self, processor: Any, samples: Sequence[Sample], image_root: Path) -> None:
+    def __init__(
+        self, processor: Any, samples: Sequence[Sample], image_root: Path, old: Sequence[Encoded] = ()
+    ) -> None:
         self.processor = processor
         self.samples = list(samples)
         self.image_root = image_root
+        self.old = list(old)
         self.order = list(range(len(self.samples)))
 
     def lengths(self) -> list[int]:
@@ -243,4 +278,7 @@ class ConversationDataset(Dataset[Encoded]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> Encoded:
-        return encode_sample(self.processor, self.samples[self.order[index]], self.image_root)
+        place = self.order[index]
+        if place >= len(self.samples):
+            return self.old[place - len(self.samples)]
+        return encode_sample(self.processor, self.samples[place], self.image_root)

@@ -12,13 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from kore_fast.data.images import MAX_PIXELS
-from kore_fast.data.items import IMAGE_TOKEN, SHAPES, Item, image_problem
+from kore_fast.data.items import IMAGE_TOKEN, SHAPES, Item, PictureProblem, image_problem
 from kore_fast.data.problems import Problems, describe_validation
 from kore_fast.data.questions import Question, read_questions
 from kore_fast.errors import DataError
@@ -65,6 +66,7 @@ def read_evoke(
     check_images: bool = True,
     max_pixels: int = MAX_PIXELS,
     skip: Callable[[str], object] | None = None,
+    picture_problem: PictureProblem | None = None,
 ) -> EvokeKnowledge:
     """Read an injection file as it is released.
 
@@ -74,13 +76,14 @@ def read_evoke(
     Args:
         names: id → name, where the derived name is wrong or there is none; by default ``STEM.names.json`` beside the
             file, if there is one.
-        skip: see `load_items`.
+        skip, picture_problem: see `load_items`.
 
     Raises:
         DataError: lists every problem of the file at once: no answer in a record, no name to be had, two records with
             one id, a picture that is missing, broken, too large or outside.
     """
     path = Path(path)
+    look = picture_problem or partial(image_problem, max_pixels=max_pixels)
     names = _names_beside(path) if names is None else names
     problems = Problems(skip)
     items: list[Item] = []
@@ -107,7 +110,7 @@ def read_evoke(
             continue
         if check_images:
             if item.image not in verdicts:
-                verdicts[item.image] = image_problem(path.parent, item.image, max_pixels=max_pixels)
+                verdicts[item.image] = look(path.parent, item.image)
             if verdicts[item.image] is not None:
                 problems.add(f"{named}: {verdicts[item.image]}")
                 continue
@@ -149,15 +152,24 @@ def read_evoke_questions(
         for question in read_questions(path)
     ]
     if check_images:
-        problems = Problems()
-        verdicts: dict[str, str | None] = {}
-        for question in questions:
-            if question.image not in verdicts:
-                verdicts[question.image] = image_problem(path.parent, question.image, max_pixels=max_pixels)
-            if verdicts[question.image] is not None:
-                problems.add(f"question {question.question_id!r}: {verdicts[question.image]}")
-        problems.raise_any(path, "questions")
+        check_question_images(path, questions, max_pixels=max_pixels)
     return questions
+
+
+def check_question_images(path: str | Path, questions: Sequence[Question], *, max_pixels: int = MAX_PIXELS) -> None:
+    """Decode every picture of ``questions``, which are some of the evaluation file at ``path``.
+
+    Raises:
+        DataError: lists every picture at once that is missing, broken, too large or outside.
+    """
+    problems = Problems()
+    verdicts: dict[str, str | None] = {}
+    for question in questions:
+        if question.image not in verdicts:
+            verdicts[question.image] = image_problem(Path(path).parent, question.image, max_pixels=max_pixels)
+        if verdicts[question.image] is not None:
+            problems.add(f"question {question.question_id!r}: {verdicts[question.image]}")
+    problems.raise_any(path, "questions")
 
 
 def _item(

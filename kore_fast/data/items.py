@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ SHAPES = (
     'of {"id", "image", "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": knowledge}]}'
 )
 
+PictureProblem = Callable[[str | Path, str], str | None]
+"""What is wrong with a picture (its root, and its path below it), or None."""
 FactValue = StrictStr | StrictInt | StrictFloat | list[StrictStr]
 
 
@@ -87,6 +90,7 @@ def load_items(
     check_images: bool = True,
     max_pixels: int = MAX_PIXELS,
     skip: Callable[[str], object] | None = None,
+    picture_problem: PictureProblem | None = None,
 ) -> list[Item]:
     """Read and check a JSON-lines file of items, or EVOKE's JSON list (see `read_evoke`, told apart by the first
     character); image paths are relative to the file's folder.
@@ -95,6 +99,7 @@ def load_items(
 
     Args:
         skip: is told each problem, and the item is left out; by default a problem is an error.
+        picture_problem: looks at a picture; by default `image_problem`.
 
     Raises:
         DataError: lists every problem of the file at once, with line numbers: bad JSON, an unknown or missing key, an
@@ -102,10 +107,11 @@ def load_items(
             ``skip``, only where no item is left.
     """
     path = Path(path)
+    look = picture_problem or partial(image_problem, max_pixels=max_pixels)
     if is_evoke_file(path):
         from kore_fast.data.evoke import read_evoke  # it makes items itself
 
-        return read_evoke(path, check_images=check_images, max_pixels=max_pixels, skip=skip).items
+        return read_evoke(path, check_images=check_images, skip=skip, picture_problem=look).items
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -142,7 +148,7 @@ def load_items(
             continue
         if check_images:
             if item.image not in checked:
-                checked[item.image] = image_problem(path.parent, item.image, max_pixels=max_pixels)
+                checked[item.image] = look(path.parent, item.image)
             problem = checked[item.image]
             if problem is not None:
                 problems.append(f"{place}: {problem}")

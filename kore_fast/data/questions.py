@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ class Question(BaseModel):
     """One question with its expected answer.
 
     ``type`` is the fact asked for. ``form``: ``"by_name"`` names the item, ``"by_picture"`` only points at the picture;
-    EVOKE's own files have neither ``item`` nor ``form``. Other keys are passed over.
+    EVOKE's own files have neither ``item`` nor ``form``, and ``cnn_wiki_type`` is theirs: ``"news"``, or ``"wiki"`` for
+    an entity. Other keys are passed over.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -28,6 +29,7 @@ class Question(BaseModel):
     text: StrictStr
     answer: str
     type: StrictStr | None = None
+    cnn_wiki_type: StrictStr | None = None
     item: StrictStr | None = None
     form: Literal["by_name", "by_picture"] | None = None
 
@@ -69,11 +71,18 @@ def read_questions(
     return questions
 
 
-def write_questions(path: str | Path, questions: Sequence[Question]) -> None:
-    """Write questions one a line, whole or not at all.
+def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
+    """Write questions one a line, whole or not at all; one is held at a time.
 
     Raises:
         DataError: two questions have one id; nothing is written then.
     """
-    raise_problems(path, "questions", repeated_ids([question.question_id for question in questions]))
-    write_jsonl(path, (question.model_dump(exclude_none=True, mode="json") for question in questions))
+    ids: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for question in questions:
+            ids.append(question.question_id)
+            yield question.model_dump(exclude_none=True, mode="json")
+        raise_problems(path, "questions", repeated_ids(ids))
+
+    write_jsonl(path, rows())

@@ -6,6 +6,8 @@ Reading and writing hold one sample at a time, so files of any length pass throu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from kore_fast.data.images import MAX_PIXELS
 from kore_fast.data.items import IMAGE_TOKEN, image_problem
 from kore_fast.data.problems import Problems, describe_validation
 from kore_fast.errors import DataError
-from kore_fast.files import inside, iterate_json, write_json_list
+from kore_fast.files import inside, iterate_json, json_line, write_json_lines, write_json_list
 
 
 class Turn(BaseModel):
@@ -67,7 +69,43 @@ class Sample(BaseModel):
 
     def to_record(self) -> dict[str, Any]:
         """The sample as the JSON object that is written; keys without a value are left out."""
-        return self.model_dump(by_alias=True, exclude_none=True, mode="json")
+        record = {
+            "id": self.id,
+            "image": self.image,
+            "conversations": [{"from": turn.speaker, "value": turn.value} for turn in self.conversations],
+            "item": self.item,
+            "branch": self.branch,
+            "system": self.system,
+        }
+        return {key: value for key, value in record.items() if value is not None}
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(words, characters) of each turn, ``<image>`` left out."""
+        texts = [turn.value.replace(IMAGE_TOKEN, "").strip() for turn in self.conversations]
+        return tuple((len(text.split()), len(text)) for text in texts)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A valid sample as the line of its file, with what is told of it without reading the line."""
+
+    id: str
+    branch: str | None
+    images: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    """See `Sample.sizes`."""
+    line: str
+
+    @classmethod
+    def of(cls, sample: Sample) -> Written:
+        """Raises `DataError` where the sample is not valid."""
+        validate_sample(sample)
+        return cls(sample.id, sample.branch, sample.images, sample.sizes, json_line(sample.to_record()))
+
+    def read(self) -> Sample:
+        """The sample itself."""
+        return Sample.model_validate_json(self.line)
 
 
 def conversation_problems(sample: Sample) -> list[str]:
@@ -86,10 +124,13 @@ def conversation_problems(sample: Sample) -> list[str]:
     else:
         if len(turns) % 2:
             problems.append("the last human turn has no answer; end with a gpt turn")
+    marks = 0
     for number, turn in enumerate(turns):
-        if not turn.value.replace(IMAGE_TOKEN, "").strip():
+        held = turn.value.count(IMAGE_TOKEN)
+        marks += held
+        if not (turn.value.replace(IMAGE_TOKEN, "") if held else turn.value).strip():
             problems.append(f"turn {number + 1} is empty")
-        if turn.speaker == "gpt" and IMAGE_TOKEN in turn.value:
+        if held and turn.speaker == "gpt":
             problems.append(f"turn {number + 1} is an answer and holds {IMAGE_TOKEN}; pictures belong to human turns")
         if _halves(turn.value):
             problems.append(f"turn {number + 1} holds half a character (a lone surrogate), which no file can")
@@ -98,7 +139,6 @@ def conversation_problems(sample: Sample) -> list[str]:
             problems.append("the system turn is empty; leave it out")
         if IMAGE_TOKEN in sample.system:
             problems.append(f"the system turn holds {IMAGE_TOKEN}; pictures belong to human turns")
-    marks = sum(turn.value.count(IMAGE_TOKEN) for turn in turns)
     if marks != len(sample.images):
         problems.append(
             f"{len(sample.images)} image(s), but {marks} {IMAGE_TOKEN} mark(s) in its turns; each image needs one mark"
@@ -107,6 +147,8 @@ def conversation_problems(sample: Sample) -> list[str]:
 
 
 def _halves(text: str) -> bool:
+    if text.isascii():
+        return False
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -212,6 +254,27 @@ def _settle(path: str | Path, checks: SampleChecks) -> None:
     if not checks.count:
         checks.problems.add("there is no sample in it")
     checks.problems.raise_any(path, "samples")
+
+
+def write_written(path: str | Path, samples: Iterable[Written]) -> None:
+    """`write_samples` for samples whose lines are there.
+
+    Raises:
+        DataError: two have one id; nothing is written then.
+    """
+    problems = Problems()
+
+    def lines() -> Iterator[str]:
+        first: dict[str, int] = {}
+        for count, sample in enumerate(samples):
+            if sample.id in first:
+                problems.add(_repeated(sample.id, first[sample.id], count))
+            else:
+                first[sample.id] = count
+                yield sample.line
+        problems.raise_any(path, "samples")
+
+    write_json_lines(path, lines())
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:

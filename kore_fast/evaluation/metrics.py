@@ -1,14 +1,39 @@
-"""EVOKE's two scores for a free answer, and the KORE paper's one number for adaptation and retention together."""
+"""EVOKE's two scores for a free answer, and the KORE paper's numbers for adaptation, retention and both together."""
 
 from __future__ import annotations
 
 import re
 import string
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from kore_fast.intervals import mean_interval, wilson_interval
 
-__all__ = ["cover_exact_match", "hars", "mean_interval", "normalise_answer", "token_f1", "wilson_interval"]
+__all__ = [
+    "RETENTION_BENCHMARKS",
+    "Metric",
+    "cover_exact_match",
+    "cover_exact_match_corrected",
+    "hars",
+    "knowledge_adaptation",
+    "knowledge_retention",
+    "mean",
+    "mean_interval",
+    "mme_score",
+    "normalise_answer",
+    "share",
+    "token_f1",
+    "wilson_interval",
+]
+
+RETENTION_BENCHMARKS = (
+    "MME", "MMBench", "SEEDBench2_Plus", "OCRVQA", "ScienceQA", "MMMU",
+    "MIA-Bench", "MMDU", "MathVista", "MathVision", "POPE", "HallusionBench",
+)  # fmt: skip
+"""The twelve whose plain mean is the paper's knowledge retention, by its names."""
+_MME_MOST = 2800
+Metric = dict[str, float | int | None]
+"""A figure: ``value``, its 95 % interval ``low`` and ``high``, and the ``count`` of what it is made of."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -36,6 +61,8 @@ _CONTRACTIONS = {
     if sign == "'"
 } | {"somebody'd": "somebodyd"}
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# A quotation mark of any kind but an apostrophe inside a word.
+_QUOTATION_MARK = re.compile(r"(?<!\w)['\"‘’“”«»]|['\"‘’“”«»](?!\w)")
 _ARTICLE_WORD = re.compile(r"\b(?:a|an|the)\b")
 
 
@@ -61,10 +88,28 @@ def cover_exact_match(prediction: str, truth: str) -> bool:
 
     Scores exactly as the reference does, with its two quirks: a truth that starts or ends with a sign that is no part
     of a word (in single or curly quotation marks, or starting with ``$``) does not match even itself; a truth that
-    normalises to nothing matches every prediction that holds a word.
+    normalises to nothing matches every prediction that holds a word. `cover_exact_match_corrected` has neither.
     """
     pattern = rf"\b{re.escape(normalise_answer(truth))}\b"
     return re.search(pattern, normalise_answer(prediction)) is not None
+
+
+def cover_exact_match_corrected(prediction: str, truth: str) -> bool:
+    """`cover_exact_match` without its two quirks; report both, as published scores are the other.
+
+    Beside all that the reference matches, quotation marks around words count for nothing in either text, and only a
+    letter or digit at the edge of ``truth`` asks for a word's boundary there (``$5`` and ``40%`` match themselves). A
+    truth that normalises to nothing matches nothing.
+    """
+    wanted = normalise_answer(_QUOTATION_MARK.sub(" ", truth))
+    if not wanted:
+        return False
+    if cover_exact_match(prediction, truth):
+        return True
+    begins = r"(?<!\w)" if re.match(r"\w", wanted[0]) else ""
+    ends = r"(?!\w)" if re.match(r"\w", wanted[-1]) else ""
+    said = normalise_answer(_QUOTATION_MARK.sub(" ", prediction))
+    return re.search(f"{begins}{re.escape(wanted)}{ends}", said) is not None
 
 
 def token_f1(prediction: str, truth: str) -> float:
@@ -77,6 +122,40 @@ def token_f1(prediction: str, truth: str) -> float:
         return float(predicted == expected)
     shared = (Counter(predicted) & Counter(expected)).total()
     return 2 * shared / (len(predicted) + len(expected))
+
+
+def knowledge_adaptation(cem: float, f1: float) -> float:
+    """The paper's K.A: the mean of CEM and F1, on their scale."""
+    return (cem + f1) / 2
+
+
+def knowledge_retention(benchmarks: Mapping[str, float | None]) -> float:
+    """The paper's K.R: the plain mean of all `RETENTION_BENCHMARKS`, in points (MME as `mme_score`).
+
+    Raises:
+        ValueError: one of the twelve is missing or None (a mean of eleven is no K.R, and a zero would be a lie), or a
+            name is none of them.
+    """
+    if unknown := sorted(set(benchmarks) - set(RETENTION_BENCHMARKS)):
+        raise ValueError(f"K.R knows no benchmark {unknown[0]!r}; its twelve are {', '.join(RETENTION_BENCHMARKS)}")
+    scores = {name: benchmarks.get(name) for name in RETENTION_BENCHMARKS}
+    if missing := [name for name, score in scores.items() if score is None]:
+        raise ValueError(
+            f"K.R is the mean of twelve benchmarks, and {len(missing)} are missing: {', '.join(missing)}; measure "
+            "them, or compare the benchmarks that are there one by one"
+        )
+    return sum(score for score in scores.values() if score is not None) / len(scores)
+
+
+def mme_score(perception: float, cognition: float) -> float:
+    """MME's two sums (at most 2000 and 800) as the paper brings them to points: (perception + cognition) / 2800 · 100.
+
+    Raises:
+        ValueError: a sum below 0, or above its most.
+    """
+    if not (0 <= perception <= 2000 and 0 <= cognition <= 800):
+        raise ValueError(f"MME's perception is 0…2000 and its cognition 0…800, not {perception} and {cognition}")
+    return (perception + cognition) / _MME_MOST * 100
 
 
 def hars(adaptation: float, retention: float, base_adaptation: float, base_retention: float) -> float:
@@ -101,6 +180,18 @@ def hars(adaptation: float, retention: float, base_adaptation: float, base_reten
     if adapted + retained <= 0:
         raise ValueError(f"HARS is not defined: fA = {adapted:.1f} and fR = {retained:.1f} do not add up above 0")
     return 2 * adapted * retained / (adapted + retained)
+
+
+def share(hits: Sequence[bool]) -> Metric:
+    """The share of hits, with Wilson's interval."""
+    low, high = wilson_interval(sum(hits), len(hits))
+    return {"value": sum(hits) / len(hits), "low": low, "high": high, "count": len(hits)}
+
+
+def mean(values: Sequence[float]) -> Metric:
+    """The mean, with Student's interval where there are two values for one."""
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
+    return {"value": sum(values) / len(values), "low": low, "high": high, "count": len(values)}
 
 
 def _words(text: str) -> list[str]:

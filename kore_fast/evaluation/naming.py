@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kore_fast.errors import DataError
+from kore_fast.evaluation.batches import BatchSize
 
 QUESTION = "What is in the picture?"
 OPENING = "The picture shows"
@@ -46,7 +47,7 @@ def score_choices(
         choices: for each picture, the names to score.
         against_blank: subtract the log-likelihood of the same answer for a white picture, so that a name which is
             likely whatever the picture shows has no advantage (pointwise mutual information).
-        batch_size: pictures at a time; the scores do not depend on it, beyond rounding.
+        batch_size: pictures at a time, halved where memory runs out; the scores do not depend on it, beyond rounding.
         bfloat16: compute under bfloat16 autocast (about twice as fast on a CPU that has it).
         progress: called with the number of pictures just finished.
 
@@ -75,15 +76,18 @@ def score_choices(
                 image = _white_picture()
                 scores = _score(model, processor, [image], [distinct])
                 blank = dict(zip(distinct, scores[0], strict=True))
+
+            def score(rows: Sequence[int]) -> list[list[float]]:
+                images = [_open(pictures[i]) for i in rows]
+                return _score(model, processor, images, [choices[i] for i in rows])
+
             result: list[list[float]] = []
-            for start in range(0, len(pictures), batch_size):
-                offered = choices[start : start + batch_size]
-                images = [_open(picture) for picture in pictures[start : start + batch_size]]
-                scores = _score(model, processor, images, offered)
-                for row, named in zip(scores, offered, strict=True):
-                    result.append([score - blank.get(name, 0.0) for score, name in zip(row, named, strict=True)])
+            size = BatchSize(batch_size)
+            for rows, scores in size.run(range(len(pictures)), score, lambda i: f"picture {i}"):
+                for i, row in zip(rows, scores, strict=True):
+                    result.append([value - blank.get(name, 0.0) for value, name in zip(row, choices[i], strict=True)])
                 if progress is not None:
-                    progress(len(images))
+                    progress(len(rows))
     finally:
         model.train(training)
     return result

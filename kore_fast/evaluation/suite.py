@@ -12,16 +12,27 @@ from torch import nn
 from kore_fast.data.conversations import Encoded, encode, encode_texts
 from kore_fast.data.old_knowledge import Picture, PlainQuestion, Text, picture_prompts
 from kore_fast.data.questions import Question
+from kore_fast.evaluation.answering import ModelAnswerer
+from kore_fast.evaluation.batches import BatchSize
 from kore_fast.evaluation.drift import measure_drift
-from kore_fast.evaluation.generation import Prompt, generate_answers
+from kore_fast.evaluation.generation import Prompt
 from kore_fast.evaluation.held_out_leak import held_out_leak
-from kore_fast.evaluation.metrics import cover_exact_match, mean_interval, token_f1, wilson_interval
+from kore_fast.evaluation.kept import Asked, ask_all
+from kore_fast.evaluation.metrics import (
+    Metric,
+    cover_exact_match,
+    cover_exact_match_corrected,
+    mean,
+    share,
+    token_f1,
+)
 from kore_fast.evaluation.naming import score_choices
 from kore_fast.files import inside, read_jsonl, write_jsonl
 from kore_fast.progress import Progress, silent
 
 Row = dict[str, Any]
-Metric = dict[str, float | int | None]
+Answers = Callable[[str, Sequence[str], Sequence[Prompt], str], list[str]]
+"""Of a part's file, the keys of its prompts, the prompts, and what the progress bar says."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,8 @@ def evaluate(
 ) -> dict[str, Metric]:
     """Measure ``model``, keep every prediction below ``folder``, and return its figures.
 
-    Parts whose file is there already are not measured again, so that a killed run continues.
+    Parts whose file is there already are not measured again, and of a part that was being answered every batch is
+    kept, so that a killed run continues. A batch that memory does not suffice for is halved, as are those after it.
 
     Args:
         base: the untouched base model, for drift; ``model`` itself when the base is measured; None for a PEFT model,
@@ -68,17 +80,18 @@ def evaluate(
     base_folder = folder if base_folder is None else base_folder
     metrics: dict[str, Metric] = {}
 
-    def answers(prompts: Sequence[Prompt], label: str) -> list[str]:
-        return generate_answers(
-            model,
-            processor,
-            prompts,
-            max_new_tokens=suite.max_new_tokens,
-            batch_size=suite.batch_size,
-            bf16=suite.bf16,
-            progress=progress,
-            label=label,
-        )
+    answerer = ModelAnswerer(
+        model,
+        processor,
+        max_new_tokens=suite.max_new_tokens,
+        batch_size=BatchSize(suite.batch_size),
+        bf16=suite.bf16,
+    )
+
+    def answers(part: str, keys: Sequence[str], prompts: Sequence[Prompt], label: str) -> list[str]:
+        asked = [Asked(key, prompt) for key, prompt in zip(keys, prompts, strict=True)]
+        found = ask_all(asked, answerer, _journal(folder / part), progress=progress, label=label)
+        return [answer.text or "" for answer in found]
 
     def drift(sequences: Sequence[Encoded], label: str) -> list[Row]:
         found = measure_drift(
@@ -88,8 +101,8 @@ def evaluate(
 
     def drifted(rows: Sequence[Row], what: str) -> None:
         if rows:  # a base that answers nothing has no answers to drift from
-            metrics[f"kl_{what}"] = _mean([row["kl"] for row in rows])
-            metrics[f"hidden_{what}"] = _mean([row["hidden"] for row in rows])
+            metrics[f"kl_{what}"] = mean([row["kl"] for row in rows])
+            metrics[f"hidden_{what}"] = mean([row["hidden"] for row in rows])
 
     held_out: list[Encoded] = []
     if suite.questions:
@@ -97,11 +110,12 @@ def evaluate(
         for form, prefix in (("by_name", "adaptation"), ("by_picture", "by_picture")):
             chosen = [row for row in rows if row["form"] in (form, None if form == "by_name" else form)]
             if chosen:
-                metrics[f"{prefix}_cem"] = _share([row["cem"] for row in chosen])
-                metrics[f"{prefix}_f1"] = _mean([row["f1"] for row in chosen])
+                metrics[f"{prefix}_cem"] = share([row["cem"] for row in chosen])
+                metrics[f"{prefix}_cem_corrected"] = share([row["cem_corrected"] for row in chosen])
+                metrics[f"{prefix}_f1"] = mean([row["f1"] for row in chosen])
     if suite.capitals:
         rows = _part(folder / "capitals.jsonl", lambda: _capitals(suite, answers))
-        metrics["capitals"] = _share([row["cem"] for row in rows])
+        metrics["capitals"] = share([row["cem"] for row in rows])
         sequences = [
             encode(processor, [("user", row["text"]), ("assistant", row["prediction"])])
             for _, row in read_jsonl(base_folder / "capitals.jsonl")[: suite.drift_samples]
@@ -113,12 +127,12 @@ def evaluate(
         passages = encode_texts(processor, [text.text for text in suite.texts], suite.text_tokens)
         rows = _part(folder / "drift_text.jsonl", lambda: drift(passages, "held-out text"))
         if rows:
-            metrics["wikipedia_loss"] = _mean([row["loss"] for row in rows])
+            metrics["wikipedia_loss"] = mean([row["loss"] for row in rows])
         drifted(rows, "text")
         held_out += passages[: suite.drift_samples]
     if suite.pictures:
         rows = _part(folder / "pictures.jsonl", lambda: _pictures(model, processor, suite, progress))
-        metrics["picture_naming"] = _share([row["chosen"] == row["name"] for row in rows])
+        metrics["picture_naming"] = share([row["chosen"] == row["name"] for row in rows])
         described = suite.pictures[: suite.drift_samples]
         prompts = [Prompt(picture_prompts()[0], picture.path) for picture in described]
         if described:
@@ -127,7 +141,10 @@ def evaluate(
                 lambda: [
                     {"id": picture.id, "text": prompt.text, "prediction": answer}
                     for picture, prompt, answer in zip(
-                        described, prompts, answers(prompts, "describe pictures"), strict=True
+                        described,
+                        prompts,
+                        answers("descriptions.jsonl", [p.id for p in described], prompts, "describe pictures"),
+                        strict=True,
                     )
                 ],
             )
@@ -149,19 +166,28 @@ def evaluate(
             lambda: [asdict(row) for row in held_out_leak(model, base, processor, held_out, progress=progress)],
         )
         if rows:
-            metrics["held_out_leak"] = _mean([row["leak"] for row in rows])
-            metrics["outputs_moved"] = _mean([row["moved"] for row in rows])
+            metrics["held_out_leak"] = mean([row["leak"] for row in rows])
+            metrics["outputs_moved"] = mean([row["moved"] for row in rows])
     return metrics
 
 
 def _part(path: Path, measure: Callable[[], list[Row]]) -> list[Row]:
     if not path.exists():
         write_jsonl(path, measure())
+    _journal(path).unlink(missing_ok=True)
     return [row for _, row in read_jsonl(path)]
 
 
-def _questions(suite: Suite, answers: Callable[[Sequence[Prompt], str], list[str]]) -> list[Row]:
-    prompts = [Prompt(q.text, inside(suite.image_root, q.image)) for q in suite.questions]
+def _journal(path: Path) -> Path:
+    """Where a part's answers are kept until it is whole."""
+    return path.with_suffix(".partial.jsonl")
+
+
+def _questions(suite: Suite, answers: Answers) -> list[Row]:
+    prompts = [
+        Prompt(q.text, inside(suite.image_root, q.image), f"question {q.question_id!r}") for q in suite.questions
+    ]
+    found = answers("questions.jsonl", [q.question_id for q in suite.questions], prompts, "new knowledge")
     return [
         {
             "question_id": question.question_id,
@@ -171,14 +197,16 @@ def _questions(suite: Suite, answers: Callable[[Sequence[Prompt], str], list[str
             "answer": question.answer,
             "prediction": prediction,
             "cem": cover_exact_match(prediction, question.answer),
+            "cem_corrected": cover_exact_match_corrected(prediction, question.answer),
             "f1": token_f1(prediction, question.answer),
         }
-        for question, prediction in zip(suite.questions, answers(prompts, "new knowledge"), strict=True)
+        for question, prediction in zip(suite.questions, found, strict=True)
     ]
 
 
-def _capitals(suite: Suite, answers: Callable[[Sequence[Prompt], str], list[str]]) -> list[Row]:
+def _capitals(suite: Suite, answers: Answers) -> list[Row]:
     prompts = [Prompt(question.text) for question in suite.capitals]
+    found = answers("capitals.jsonl", [question.id for question in suite.capitals], prompts, "capitals")
     return [
         {
             "id": question.id,
@@ -187,7 +215,7 @@ def _capitals(suite: Suite, answers: Callable[[Sequence[Prompt], str], list[str]
             "prediction": prediction,
             "cem": cover_exact_match(prediction, question.answer),
         }
-        for question, prediction in zip(suite.capitals, answers(prompts, "capitals"), strict=True)
+        for question, prediction in zip(suite.capitals, found, strict=True)
     ]
 
 
@@ -209,14 +237,3 @@ def _pictures(model: nn.Module, processor: Any, suite: Suite, progress: Progress
         }
         for picture, row in zip(suite.pictures, scores, strict=True)
     ]
-
-
-def _share(hits: Sequence[bool]) -> Metric:
-    low, high = wilson_interval(sum(hits), len(hits))
-    return {"value": sum(hits) / len(hits), "low": low, "high": high, "count": len(hits)}
-
-
-def _mean(values: Sequence[float]) -> Metric:
-    mean = sum(values) / len(values)
-    low, high = mean_interval(values) if len(values) > 1 else (None, None)
-    return {"value": mean, "low": low, "high": high, "count": len(values)}

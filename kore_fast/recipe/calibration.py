@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from kore_fast.files import read_jsonl, write_jsonl
 from kore_fast.progress import Progress
 from kore_fast.recipe.schema import CalibrationSource, Recipe
+
+if TYPE_CHECKING:
+    from kore_fast.data.conversations import Encoded
 
 
 def write_answers(
@@ -48,17 +51,32 @@ def calibration_batches(
     recipe: Recipe, name: str, source: CalibrationSource, processor: Any, folder: Path
 ) -> list[dict[str, Any]]:
     """Keyword arguments of the model; a chat source's from what `write_answers` left in ``folder``."""
-    from kore_fast.data.conversations import by_length, collate, encode, encode_texts, tokenizer_of
+    from kore_fast.data.conversations import by_length, collate, tokenizer_of
+
+    assert recipe.covariance is not None
+    encoded = calibration_samples(recipe, name, source, processor, folder)
+    pad = tokenizer_of(processor).pad_token_id
+    return [
+        # The head is not needed to see the inputs of the layers below it.
+        {**collate([encoded[i] for i in rows], pad, position_weights=source.positions), "logits_to_keep": 1}
+        for rows in by_length([len(e) for e in encoded], recipe.covariance.batch_size)
+    ]
+
+
+def calibration_samples(
+    recipe: Recipe, name: str, source: CalibrationSource, processor: Any, folder: Path
+) -> list[Encoded]:
+    """A source's samples; a chat source's from what `write_answers` left in ``folder``."""
+    from kore_fast.data.conversations import encode, encode_texts
     from kore_fast.data.old_knowledge import picture_prompts, read_pictures, read_texts, sample
     from kore_fast.evaluation.naming import OPENING, name_phrase
 
-    assert recipe.covariance is not None
     old = recipe.old_knowledge
     if source.kind == "pictures":
         assert old.pictures is not None, "the recipe's schema checks it"
         pictures = sample(read_pictures(recipe.resolve(old.pictures)), source.samples, recipe.seed)
         prompts = picture_prompts()
-        encoded = [
+        return [
             encode(
                 processor,
                 [("user", f"<image>\n{prompts[i % len(prompts)]}"), ("assistant", f"{OPENING} {name_phrase(p.name)}.")],
@@ -66,17 +84,22 @@ def calibration_batches(
             )
             for i, p in enumerate(pictures)
         ]
-    elif source.kind == "text":
+    if source.kind == "text":
         assert old.texts is not None, "the recipe's schema checks it"
         texts = read_texts(recipe.resolve(old.texts), held_out=False)
         chosen = sample([text.text for text in texts], source.samples, recipe.seed)
-        encoded = encode_texts(processor, chosen, source.max_tokens)
-    else:
-        rows = [row for _, row in read_jsonl(folder / f"{name}.jsonl")]
-        encoded = [encode(processor, [("user", r["question"]), ("assistant", r["answer"])]) for r in rows]
-    pad = tokenizer_of(processor).pad_token_id
+        return encode_texts(processor, chosen, source.max_tokens)
+    rows = [row for _, row in read_jsonl(folder / f"{name}.jsonl")]
+    return [encode(processor, [("user", r["question"]), ("assistant", r["answer"])]) for r in rows]
+
+
+def old_samples(recipe: Recipe, processor: Any, folder: Path) -> list[Encoded]:
+    """The samples of every source that weighs something: what is replayed, and what a Fisher is taken over. Held-out
+    knowledge is never among them; ``folder`` is the covariance's."""
+    assert recipe.covariance is not None, "the recipe's schema checks it"
     return [
-        # The head is not needed to see the inputs of the layers below it.
-        {**collate([encoded[i] for i in rows], pad, position_weights=source.positions), "logits_to_keep": 1}
-        for rows in by_length([len(e) for e in encoded], recipe.covariance.batch_size)
+        encoded
+        for name, source in recipe.covariance.sources.items()
+        if source.weight > 0
+        for encoded in calibration_samples(recipe, name, source, processor, folder)
     ]

@@ -17,9 +17,12 @@ def prepare(recipe: Recipe) -> None:
     Raises:
         KoreError: an item, a picture or a text that cannot be used, a rank too large for the model.
     """
+    from kore_fast.data.evoke import check_question_images, read_evoke_questions
     from kore_fast.data.items import load_items
     from kore_fast.data.old_knowledge import read_pictures, read_texts
 
+    for method in recipe.methods.values():
+        method.way.check_available()
     load_items(recipe.resolve(recipe.items), skip=_ignore if recipe.augmentation.skip_bad_items else None)
     if recipe.model.build is not None:
         script = recipe.resolve(recipe.model.build)
@@ -36,6 +39,10 @@ def prepare(recipe: Recipe) -> None:
         read_pictures(recipe.resolve(old.pictures), check_images=True)
     if old.held_out_pictures is not None:
         read_pictures(recipe.resolve(old.held_out_pictures), need_choices=True, check_images=True)
+    if recipe.evaluation.evoke is not None:
+        evoke = recipe.resolve(recipe.evaluation.evoke)
+        questions = read_evoke_questions(evoke, check_images=False)[: recipe.evaluation.evoke_questions]
+        check_question_images(evoke, questions)
     _check_ranks(recipe)
 
 
@@ -61,6 +68,12 @@ def _check_ranks(recipe: Recipe) -> None:
             raise ConstraintError(
                 f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "
                 f"{tuple(shapes[narrowest])}; choose at most {min(shapes[narrowest])}"
+            )
+
+        if isinstance(method.effective_rank, int) and method.effective_rank >= min(shapes[narrowest]):
+            raise ConstraintError(
+                f"method {name!r}: effective_rank {method.effective_rank} keeps every direction of {narrowest} "
+                f"{tuple(shapes[narrowest])} as it is, nothing would be trained; choose fewer, or a share below 1"
             )
 
 

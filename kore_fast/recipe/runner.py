@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +19,10 @@ from typing import Any
 import kore_fast
 from kore_fast.constraint.distributed import Ranks
 from kore_fast.errors import KoreError, RecipeError
-from kore_fast.files import read_json, write_json
+from kore_fast.files import quick_digest, read_json, write_json
 from kore_fast.progress import Progress, RunClock, bar, minutes, silent
 
 STATE = "stage.json"
-# Weights and covariances are told apart by their ends and their size; hashing a 7B model in full takes a minute.
-_LARGE = 64 << 20
-_EDGE = 1 << 20
 _SCARCE = 16 << 20
 
 
@@ -44,8 +40,8 @@ class Stage:
     inputs: Sequence[Path]
     """Files and folders that it reads."""
     work: Callable[[Path, Progress], None]
-    seconds: float = 10.0
-    """Rough cost on two cores, for the time left."""
+    seconds: float | None = 10.0
+    """Rough cost on two cores, for the time left; None where nobody can know it."""
     produces: Sequence[str] = field(default=())
     """Files (relative to its folder) that must be there when it is done."""
     open_ends: Callable[[Path], str] | None = None
@@ -86,7 +82,7 @@ def _begin(run: Path, stage: Stage, head: str, clock: RunClock) -> str | None:
     state = _state(folder)
     if state.get("fingerprint") == fingerprint and state.get("done"):
         clock.skip(stage.name)
-        changed = [name for name, digest in state["files"].items() if _digest(folder / name) != digest]
+        changed = [name for name, digest in state["files"].items() if quick_digest(folder / name) != digest]
         missing = [name for name in changed if not (folder / name).exists()]
         unanswered = stage.open_ends(folder) if stage.open_ends is not None and not missing else ""
         if unanswered:
@@ -98,15 +94,22 @@ def _begin(run: Path, stage: Stage, head: str, clock: RunClock) -> str | None:
     if state.get("fingerprint") != fingerprint:
         _empty(folder)
     write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": False})
-    _say(f"{head}: {minutes(clock.left())} left in all")
+    _say(f"{head}: {_time_left(clock)}")
     return fingerprint
+
+
+def _time_left(clock: RunClock) -> str:
+    unknown = " and ".join(clock.unknown())
+    if unknown and not clock.left():
+        return "how long it takes is not known"
+    return f"{minutes(clock.left())} left in all" + (f", beside {unknown}: not known" if unknown else "")
 
 
 def _finish(folder: Path, stage: Stage, fingerprint: str) -> None:
     """Mark a stage as done, with the files that it wrote."""
     lacking = [name for name in stage.produces if not (folder / name).exists()]
     assert not lacking, f"{stage.name} did not write {lacking}"
-    files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(folder)): quick_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(STATE)
     write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": True, "files": files})
 
@@ -159,14 +162,14 @@ def _fingerprint(run: Path, stage: Stage) -> str:
     inputs = []
     for path in stage.inputs:
         inside = path.is_relative_to(run)
-        hint = f"make it with `kore-fast {path.relative_to(run).parts[0]}`" if inside else "check the recipe's path"
+        hint = f"make it with `kore-fast {path.relative_to(run).parts[0]}`" if inside else "check the path"
         if not path.exists():
             raise RecipeError(f"{stage.name}: {path} is not there; {hint}")
         if inside and not _state(path if path.is_dir() else path.parent).get("done", True):
             raise RecipeError(f"{stage.name}: {path} is not finished; {hint}")
         # The path of an input outside the run is where this machine has it, not what it is.
         name = str(path.relative_to(run)) if inside else path.name
-        inputs.append([name, _folder_digest(path) if path.is_dir() else _digest(path)])
+        inputs.append([name, _folder_digest(path) if path.is_dir() else quick_digest(path)])
     content = {
         "stage": stage.name,
         "kore_fast": kore_fast.__version__,
@@ -176,21 +179,6 @@ def _fingerprint(run: Path, stage: Stage) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
-    """Hex SHA-256 of a file; of a file above 64 MiB, of its size, first and last MiB."""
-    if not path.is_file():
-        return ""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        if size > _LARGE:
-            digest.update(file.read(_EDGE))
-            file.seek(-_EDGE, os.SEEK_END)
-        while block := file.read(_EDGE):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _folder_digest(folder: Path) -> str:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != STATE)
-    return hashlib.sha256("".join(f"{p.relative_to(folder)}:{_digest(p)}\n" for p in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{p.relative_to(folder)}:{quick_digest(p)}\n" for p in files).encode()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import yaml
@@ -15,6 +15,9 @@ from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.errors import ConstraintError, RecipeError
 from kore_fast.recipe.study import BASE, expand
+
+if TYPE_CHECKING:
+    from kore_fast.training.methods import TrainingMethod
 
 _BASE_FOLDER = "base_folder"
 
@@ -59,6 +62,15 @@ def _rank(value: Any) -> int | dict[str, Any] | None:
 
 Rank = Annotated[int | dict[str, Any] | None, PlainValidator(_rank)]
 """A number, or by spectrum ``{energy: 1e-4}`` or ``{parameters: 8000000}``, see `KoreConfig`."""
+
+
+def _directions(value: Any) -> int | float | None:
+    number = _number(value)
+    if number is None or (isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < 1):
+        return number
+    if isinstance(number, int | float) and not isinstance(number, bool) and number >= 1 and number == int(number):
+        return int(number)
+    raise ValueError("want a number of directions, 1 or more, or a share of them between 0 and 1")
 
 
 class Section(BaseModel):
@@ -113,16 +125,44 @@ class CovarianceSection(Section):
     target_modules: str | list[str] | None = None
 
 
-class Method(Section):
-    """One way to train: what is trained, from where, on what."""
+class EwcSection(Section):
+    """A penalty on changes that old knowledge is sensitive to, see `training.retention.ewc`."""
 
-    kind: Literal["lora", "kore", "full"]
+    strength: Annotated[Number, Field(ge=0)]
+    """λ of λ/2·Σ F∘(W − W0)²."""
+    samples: Count = 64
+    """Old samples that the Fisher is a mean over, at most."""
+
+
+class LwfSection(Section):
+    """Distillation to the base's answers on the new inputs, see `training.retention.lwf`."""
+
+    weight: Annotated[Number, Field(ge=0)] = 1.0
+    """Against the loss."""
+    temperature: Positive = 2.0
+
+
+class Method(Section):
+    """One way to train: what is trained, from where, on what. `training.methods` says what each kind takes."""
+
+    kind: Literal["full", "osf", "lora", "lora_fa", "pissa", "corda", "lora_null", "mica", "kore"]
     learning_rate: Positive
     rank: Rank = None
     alpha: Positive | None = None
-    """LoRA only; default the rank, a scaling of 1."""
+    """Of an adapter, KORE's excepted; default the rank, a scaling of 1."""
     freeze_a: bool | None = None
-    """Default: KORE yes, LoRA no. LoRA with a frozen random A and KORE with a trained A are the ablations."""
+    """Default: KORE yes, LoRA and LoRA-Null no. LoRA with a frozen random A and KORE with a trained A are ablations,
+    LoRA-Null with a frozen A is its version 2."""
+    corda_mode: Literal["kpm", "ipm"] | None = None
+    """CorDA: ``kpm`` (default) adapts the directions that old knowledge uses least, ``ipm`` those it uses most."""
+    null_covariance: Literal["released", "store"] | None = None
+    """LoRA-Null: ``released`` (default) sums its own covariances in float16 as its code does, ``store`` has KORE's."""
+    effective_rank: Annotated[int | float | None, PlainValidator(_directions)] = None
+    """OSF: singular directions that stay as they are, a number or a share below 1; default half of them."""
+    replay: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Share of old samples, the covariance's, among those that are trained on."""
+    ewc: EwcSection | None = None
+    lwf: LwfSection | None = None
     samples: Literal["augmented", "knowledge"] = "augmented"
     """``knowledge``: the items' raw text, one question each, without augmentation."""
     lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
@@ -135,36 +175,74 @@ class Method(Section):
     """Of a random A and of the order of samples; default the recipe's."""
 
     @property
+    def way(self) -> TrainingMethod:
+        """How it is trained, behind the interface that all share."""
+        from kore_fast.training.methods import METHODS
+
+        return METHODS[self.kind]
+
+    @property
     def frozen_a(self) -> bool:
         """Whether A stays as it starts."""
-        return self.kind == "kore" if self.freeze_a is None else self.freeze_a
+        return self.kind in ("kore", "lora_fa") if self.freeze_a is None else self.freeze_a
 
     @property
     def trained_whole(self) -> list[str] | None:
         """Modules that are trained in full beside the adapter."""
         return ["multi_modal_projector"] if self.projector_learning_rate is not None else None
 
+    @property
+    def old_samples(self) -> str | None:
+        """The option that needs samples of old knowledge, if there is one."""
+        return "replay" if self.replay is not None else "ewc" if self.ewc is not None else None
+
     @model_validator(mode="after")
     def _consistent(self) -> Method:
         from kore_fast.modules.adapter import refuse_dropout, refuse_weight_decay
 
-        if self.kind == "full":
-            given = [n for n in ("rank", "alpha", "freeze_a") if getattr(self, n) is not None]
-            if given:
-                raise ValueError(f"{given[0]!r} means nothing for full fine-tuning; leave it out")
-        elif self.rank is None:
-            raise ValueError(f"kind {self.kind!r} needs a rank")
-        if self.kind == "lora" and isinstance(self.rank, dict):
-            raise ValueError("a rank by spectrum is KORE's; LoRA takes a number")
-        if self.kind == "kore" and self.alpha is not None:
-            raise ValueError("alpha is LoRA's; KORE's scaling is 1")
-        if self.kind == "kore" or self.frozen_a:
+        way = self.way
+        if self.kind == "kore" or (self.kind == "lora" and self.frozen_a):
             try:
                 refuse_dropout(self.lora_dropout)
                 refuse_weight_decay(self.weight_decay)
             except ConstraintError as error:
                 raise ValueError(str(error)) from None
+        for name in sorted(way.needs):
+            if getattr(self, name) is None:
+                raise ValueError(f"kind {self.kind!r} needs a {name}")
+        for name in sorted(_OF_SOME_KINDS - way.needs - way.takes):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                reason = _REASONS.get((self.kind, name), "")
+                raise ValueError(f"{name!r} means nothing for {way.title}{reason}; leave it out")
+        if isinstance(self.rank, dict) and self.kind != "kore":
+            raise ValueError(f"a rank by spectrum is KORE's; {way.title} takes a number")
         return self
+
+
+# Options that some kinds know and others do not, see `TrainingMethod.takes`.
+_OF_SOME_KINDS = {
+    "alpha",
+    "corda_mode",
+    "effective_rank",
+    "freeze_a",
+    "lora_dropout",
+    "null_covariance",
+    "projector_learning_rate",
+    "rank",
+    "weight_decay",
+}
+_NO_DROPOUT = ", as what is taken out of the base has no dropout"
+_REASONS = {
+    ("kore", "alpha"): ", whose scaling is 1",
+    ("lora_fa", "freeze_a"): ", whose A is always frozen",
+    ("mica", "freeze_a"): ", which freezes B and trains A",
+    ("osf", "rank"): ", which takes effective_rank",
+    ("osf", "projector_learning_rate"): ", whose adapter in PEFT cannot hold a projector",
+    **{
+        (kind, "lora_dropout"): ", as what is taken out of the base has no dropout"
+        for kind in ("pissa", "corda", "lora_null")
+    },
+}
 
 
 class TrainingSection(Section):
@@ -223,6 +301,10 @@ class EvaluationSection(Section):
     """Held-out pictures to name."""
     drift_samples: Annotated[int, Field(ge=0)] = 64
     """Of the base's answers and of its descriptions, how many drift is measured on."""
+    evoke: Path | None = None
+    """EVOKE's evaluation file, for a recipe whose items are EVOKE's; asked with EVOKE's 128 new tokens."""
+    evoke_questions: Count | None = None
+    """Of EVOKE's questions the first so many; default all."""
 
 
 class Recipe(Section):
@@ -273,7 +355,8 @@ class Recipe(Section):
 
     def start_options(self, method: Method) -> dict[str, Any]:
         """What decides the adapter that a method starts from."""
-        options = method.model_dump(mode="json", include={"kind", "rank", "alpha", "lora_dropout"})
+        chosen = {"kind", "rank", "alpha", "lora_dropout", "corda_mode", "null_covariance"}
+        options = method.model_dump(mode="json", include=chosen)
         # A null space has no chance in it.
         seed = None if method.kind == "kore" else self.seed_of(method)
         return {**options, "frozen_a": method.frozen_a, "whole": method.trained_whole, "seed": seed}
@@ -286,7 +369,7 @@ class Recipe(Section):
 
     def has_start(self, name: str) -> bool:
         """Whether the method's stage ``init`` makes something to start from."""
-        return self.methods[name].kind != "full"
+        return self.methods[name].way.starts != "nothing"
 
     def model_path(self) -> str:
         """The model's folder, or its hub name."""
@@ -298,8 +381,13 @@ class Recipe(Section):
         for name, method in self.methods.items():
             if name == BASE or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"method {name!r}: name it with letters, digits, '-', '_' ('base' is taken)")
-            if method.kind == "kore" and self.covariance is None:
+            if method.way.uses_covariance and self.covariance is None:
                 raise ValueError(f"method {name!r} needs covariances: add a 'covariance' section")
+            if method.old_samples is not None and self.covariance is None:
+                raise ValueError(
+                    f"method {name!r}: {method.old_samples} draws on the samples of old knowledge that covariances "
+                    "are made from: add a 'covariance' section with its sources"
+                )
         if self.study is not None:
             known = {job.method for job in self.study.jobs.values()}
             named = [*(["match"] if self.study.match not in (None, *known) else [])]
@@ -362,11 +450,11 @@ def load_plan(items: Path, overrides: Mapping[str, str] | None = None) -> Augmen
 
     values: dict[str, Any] = AugmentationOptions.kore_74k().model_dump(mode="json") if is_evoke_file(items) else {}
     for key, text in (overrides or {}).items():
-        _override(values, key.removeprefix("augmentation."), text, items)
+        _override(values, key.removeprefix("augmentation."), text, "the augmentation")
     try:
         return AugmentationPlan.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(items, error, AugmentationPlan)) from None
+        raise RecipeError(_explain("--set", error, AugmentationPlan)) from None
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -399,7 +487,7 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(values: dict[str, Any], key: str, text: str, file: Path) -> None:
+def _override(values: dict[str, Any], key: str, text: str, file: Path | str) -> None:
     *parents, last = key.split(".")
     section = values
     for parent in parents:
@@ -412,7 +500,7 @@ def _override(values: dict[str, Any], key: str, text: str, file: Path) -> None:
         raise RecipeError(f"--set {key}={text}: not a YAML value ({error})") from None
 
 
-def _explain(file: Path, error: ValidationError, section: type[BaseModel] | None = None) -> str:
+def _explain(file: Path | str, error: ValidationError, section: type[BaseModel] | None = None) -> str:
     lines = []
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
@@ -423,6 +511,10 @@ def _explain(file: Path, error: ValidationError, section: type[BaseModel] | None
             lines.append(f"{place}: unknown key; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{place}: missing")
+        elif problem["type"] in ("model_type", "dict_type"):
+            lines.append(
+                f"{place}: want keys and values, as in {{key: value}}, found {type(problem['input']).__name__}"
+            )
         else:
             # What stands in these may be a secret, pasted where its variable's name belongs.
             secret = isinstance(problem["input"], dict) or _MAY_HOLD_SECRETS & set(problem["loc"])

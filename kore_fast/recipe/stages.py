@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from kore_fast.augmentation.foresight import rough_seconds
 from kore_fast.augmentation.plan import AugmentationPlan
+from kore_fast.data.evoke import read_evoke_questions
 from kore_fast.data.items import load_items
 from kore_fast.errors import DataError
 from kore_fast.files import inside, read_jsonl
@@ -48,7 +50,7 @@ def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
     evaluated = [run / "evaluate" / method_name for method_name in (BASE, *recipe.methods)]
     stages.append(_evaluate_stage(recipe, run, BASE, None, models))
     stages += [_evaluate_stage(recipe, run, n, m, models) for n, m in recipe.methods.items()]
-    started = {recipe.start_of(name) for name, method in recipe.methods.items() if method.kind != "full"}
+    started = {recipe.start_of(name) for name, method in recipe.methods.items() if method.way.starts != "nothing"}
     made = [run / "init" / name / "leak.csv" for name in sorted(started)]
     made += [run / "train" / name / "loss.csv" for name in recipe.methods]
     stages.append(
@@ -75,11 +77,11 @@ def augment_stage(
     pictures = [] if plan.image_search is None else _pictures_of(items)
     return Stage(
         "augment",
-        options={"augmentation": plan.model_dump(mode="json"), "name": name},
+        options={"augmentation": plan.decisive(), "name": name},
         inputs=[items, *(file for file in beside if file.exists()), *pictures],
         work=lambda folder, progress: work.augment(items, there, run, folder, progress, name),
         produces=("samples.json", "knowledge.json", "questions.jsonl", "summary.json", "card.json"),
-        seconds=3 if plan.language_model is None else 600,
+        seconds=rough_seconds(items, there),
         open_ends=work.unanswered,
     )
 
@@ -90,13 +92,17 @@ def _method_stages(
     init = run / "init" / recipe.start_of(name)
     steps = method.steps or recipe.training.steps
     shared = {"seed": recipe.seed_of(method), "model": recipe.model_path() if not models else ""}
-    if method.kind != "full" and recipe.start_of(name) == name:
+    starts = method.way.starts != "nothing"
+    old = [p for p in (recipe.old_knowledge.texts, recipe.old_knowledge.pictures) if p is not None]
+    # LoRA-Null's released form reads the samples themselves again.
+    again = method.kind == "lora_null" and method.null_covariance != "store"
+    if starts and recipe.start_of(name) == name:
         chosen = recipe.start_options(method)
         weights = recipe.source_weights
         yield Stage(
             f"init/{name}",
             options={**shared, "method": chosen, "weights": weights, "targets": recipe.targets},
-            inputs=[*models, *covariances],
+            inputs=[*models, *covariances, *(_read(recipe, *old) if again else [])],
             work=lambda folder, progress: work.init(recipe, run, method, folder, progress),
             produces=("adapter_model.safetensors", "adapter_config.json", "leak.csv"),
             seconds=25,
@@ -111,12 +117,13 @@ def _method_stages(
         },
         inputs=[
             *models,
-            *([] if method.kind == "full" else [init]),
+            *([init] if starts else []),
+            *([*covariances, *_read(recipe, *old)] if method.old_samples else []),
             run / "augment" / data,
             *_pictures_of(recipe.resolve(recipe.items)),
         ],
         work=lambda folder, progress: work.train(recipe, run, name, method, folder, progress),
-        produces=("loss.csv", "model" if method.kind == "full" else "adapter"),
+        produces=("loss.csv", method.way.saves),
         seconds=0.55 * steps * recipe.training.batch_size,
     )
 
@@ -137,12 +144,24 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
             run / "augment" / "questions.jsonl",
             *_pictures_of(recipe.resolve(recipe.items)),
             *_read(recipe, *old),
+            *_evoke(recipe),
             *trained,
         ],
         work=lambda folder, progress: work.evaluate(recipe, run, name, method, folder, progress),
         produces=("scores.json",),
         seconds=75,
     )
+
+
+def _evoke(recipe: Recipe) -> list[Path]:
+    """EVOKE's evaluation file, and the pictures that its questions show."""
+    if recipe.evaluation.evoke is None:
+        return []
+    file = recipe.resolve(recipe.evaluation.evoke)
+    if not file.is_file():
+        return [file]
+    questions = read_evoke_questions(file, check_images=False)[: recipe.evaluation.evoke_questions]
+    return [file, *(inside(file.parent, image) for image in sorted({question.image for question in questions}))]
 
 
 def _read(recipe: Recipe, *files: Path) -> list[Path]:

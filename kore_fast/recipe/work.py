@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
@@ -14,22 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from kore_fast.constraint.distributed import Ranks
 from kore_fast.files import read_json, write_json, write_text
 from kore_fast.progress import Progress
-from kore_fast.recipe.calibration import calibration_batches, write_answers
+from kore_fast.recipe.calibration import calibration_batches, old_samples, write_answers
+from kore_fast.recipe.methods import fisher, loss_terms, start_options, told
 from kore_fast.recipe.schema import BASE, Method, Recipe
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from kore_fast.augmentation.plan import AugmentationPlan
 
 AUGMENT_CACHE = "augment.cache"
 """In a run's folder: answers and pictures that were paid for, kept whatever becomes of the stage."""
+COST = "cost"
+"""In a run's folder: what stages took. It differs from run to run; no stage reads it."""
 
 
 def augment(items: Path, plan: AugmentationPlan, run: Path, folder: Path, progress: Progress, name: str) -> None:
@@ -99,7 +100,7 @@ def init(recipe: Recipe, run: Path, method: Method, folder: Path, progress: Prog
 
     team = Ranks()
     # The last file that an adapter writes: what was killed after it had the adapter whole.
-    if method.kind == "kore" and not team.by_first((folder / METADATA).exists):
+    if method.way.starts == "null space" and not team.by_first((folder / METADATA).exists):
         _kore_start(recipe, run, method, folder, progress)
     team.by_first(partial(_finish_start, recipe, run, method, folder))
 
@@ -112,19 +113,20 @@ def _finish_start(recipe: Recipe, run: Path, method: Method, folder: Path) -> No
     from kore_fast.modules.loading import load_model
 
     rows: list[dict[str, Any]] = []
-    if method.kind == "kore":
+    if method.way.starts == "null space":
         shutil.rmtree(folder / _FACTORS, ignore_errors=True)
         rows = read_json(folder / METADATA)["leaks"]
     else:
         model = load_model(recipe.model_path())
-        adapted = _lora_start(recipe, method, model)
-        if recipe.covariance:
-            store = CovarianceStore.load(run / "covariance")
-            layers = lora_layers(adapted)
-            A = {name: layer.lora_A["default"].weight for name, layer in layers.items()}
+        covariances = run / "covariance" if recipe.covariance else None
+        adapted = method.way.make_start(model, start_options(recipe, method, model, covariances), folder)
+        layers = lora_layers(adapted)
+        A = {name: layer.lora_A["default"].weight for name, layer in layers.items()}
+        # An A of zeros (MiCA's) looks nowhere yet.
+        if covariances is not None and any(factor.any() for factor in A.values()):
             base = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+            store = CovarianceStore.load(covariances)
             rows = [asdict(leak) for leak in leak_report(A, base, store, recipe.source_weights)]
-        adapted.save_pretrained(str(folder))
     # PEFT's model card template, with nothing filled in.
     (folder / "README.md").unlink(missing_ok=True)
     write_text(folder / "leak.csv", _csv(rows, [f.name for f in fields(LayerLeak)]))
@@ -156,44 +158,20 @@ def _kore_start(recipe: Recipe, run: Path, method: Method, folder: Path, progres
     get_kore_model(model, config, store, checkpoint=folder / _FACTORS, save_to=folder, progress=show)
 
 
-def _lora_start(recipe: Recipe, method: Method, model: nn.Module) -> PeftModel:
-    from peft import LoraConfig, get_peft_model
-
-    from kore_fast.constraint.selection import select_linears, target_pattern
-    from kore_fast.modules.adapter import as_kore_model, model_lora_a_hash
-
-    assert isinstance(method.rank, int)
-    names = select_linears(model, recipe.targets)
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=method.alpha or method.rank,
-        lora_dropout=method.lora_dropout,
-        target_modules=target_pattern(names, [name for name, _ in model.named_modules()]),
-        modules_to_save=method.trained_whole,
-    )
-    torch.manual_seed(recipe.seed_of(method))
-    adapted = get_peft_model(model, config)
-    if not method.frozen_a:
-        return adapted
-    kore = {"format": "kore_fast.adapter/1", "rank": method.rank, "train_a": False}
-    return as_kore_model(adapted, {**kore, "lora_a_sha256": model_lora_a_hash(adapted)})
-
-
 def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, progress: Progress) -> None:
     """Start and samples → a trained adapter (or a whole model), and the loss log."""
     from kore_fast.data.conversations import ConversationDataset
     from kore_fast.data.samples import read_samples
     from kore_fast.modules.loading import load_model, load_processor
-    from kore_fast.training.loop import TrainingOptions, train, write_loss
+    from kore_fast.training.cost import measured
+    from kore_fast.training.loop import TrainingOptions, last_whole_checkpoint, train, write_loss
 
     data = run / "augment" / ("samples.json" if method.samples == "augmented" else "knowledge.json")
-    root = image_root(recipe, run)
-    dataset = ConversationDataset(load_processor(recipe.model_path()), read_samples(data, root), root)
-    model = load_model(recipe.model_path())
-    if method.kind == "full":
-        model = _unfreeze(model, recipe.targets, projector=method.projector_learning_rate is not None)
-    else:
-        model = _load_adapter(model, run / "init" / recipe.start_of(name), is_trainable=True)
+    root, checkpoints, way = image_root(recipe, run), folder / "checkpoints", method.way
+    processor, base = load_processor(recipe.model_path()), load_model(recipe.model_path())
+    old = old_samples(recipe, processor, run / "covariance") if method.old_samples else []
+    dataset = ConversationDataset(processor, read_samples(data, root), root, old if method.replay else ())
+    start = None if way.starts == "nothing" else run / "init" / recipe.start_of(name)
     options = TrainingOptions(
         learning_rate=method.learning_rate,
         steps=method.steps or recipe.training.steps,
@@ -205,26 +183,46 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
         bf16=recipe.bf16(),
         checkpoint_every=recipe.training.checkpoint_every,
         projector_learning_rate=method.projector_learning_rate,
+        replay=method.replay or 0.0,
     )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = train(model, dataset, options, folder / "checkpoints", progress=progress, label=f"train {name}")
-    model.save_pretrained(str(folder / ("model" if method.kind == "full" else "adapter")))  # type: ignore[operator]
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    done = last_whole_checkpoint(checkpoints)
+    with measured() as cost:
+        sensitive = fisher(recipe, method, base, processor, old, checkpoints)
+        model = way.open(base, start_options(recipe, method, base), start)
+        terms = loss_terms(method, model, sensitive, lambda: load_model(recipe.model_path()))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows = train(
+            model, dataset, options, checkpoints, method=way, terms=terms, progress=progress, label=f"train {name}"
+        )
+    way.save(model, folder / way.saves, start)
     write_loss(folder / "loss.csv", rows)
     write_json(
         folder / "settings.json",
         {
             "trained_parameters": trained,
+            "added_parameters": way.added_parameters(folder / way.saves),
             "samples": method.samples,
             "sample_count": len(dataset.samples),
+            "old_sample_count": len(old),
             "batch_size": recipe.training.batch_size * recipe.training.accumulation,
             "steps": options.steps,
             "learning_rate": options.learning_rate,
-            "rank": method.rank,
-            "frozen_a": method.kind != "full" and method.frozen_a,
+            "rank": method.rank if isinstance(method.rank, int | None) else json.dumps(method.rank),
+            "frozen_a": way.saves == "adapter" and method.frozen_a,
+            **told(method),
         },
     )
-    shutil.rmtree(folder / "checkpoints")
+    # Not in the stage's folder, whose files are the same whenever and wherever they are made.
+    write_json(
+        run / COST / "train" / f"{name}.json",
+        {
+            "seconds": round(cost.seconds, 3),
+            "steps": options.steps - (0 if done is None else int(done.rpartition("-")[2])),
+            "peak_memory": cost.peak_memory,
+            "device": cost.device,
+        },
+    )
+    shutil.rmtree(checkpoints)
 
 
 def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder: Path, progress: Progress) -> None:
@@ -258,19 +256,20 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
     if method is not None:
         trained = run / "train" / name
         settings = read_json(trained / "settings.json")
-        if method.kind == "full":
-            model = load_model(trained / "model")
-        else:
-            model = _load_adapter(load_model(recipe.model_path()), trained / "adapter").merge_and_unload()  # type: ignore[operator]
+        way = method.way
+        model = way.load(trained / way.saves, lambda folder: load_model(folder or recipe.model_path()))
+    processor = load_processor(recipe.model_path())
     metrics = evaluate(
         model,
         base,
-        load_processor(recipe.model_path()),
+        processor,
         suite,
         folder,
         base_folder=None if method is None else run / "evaluate" / BASE,
         progress=progress,
     )
+    if options.evoke is not None:
+        metrics |= _evaluate_evoke(recipe, model, processor, folder / "evoke", progress)
     write_json(
         folder / "scores.json",
         {
@@ -284,34 +283,27 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
     )
 
 
+def _evaluate_evoke(
+    recipe: Recipe, model: nn.Module, processor: Any, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """EVOKE's own questions, with its predictions and tables in ``folder``."""
+    from kore_fast.data.evoke import read_evoke_questions
+    from kore_fast.evaluation.answering import ModelAnswerer
+    from kore_fast.evaluation.evoke import evaluate_evoke
+
+    assert recipe.evaluation.evoke is not None
+    file = recipe.resolve(recipe.evaluation.evoke)
+    answerer = ModelAnswerer(model, processor, batch_size=recipe.evaluation.batch_size, bf16=recipe.bf16())
+    questions = read_evoke_questions(file, check_images=False)[: recipe.evaluation.evoke_questions]
+    metrics: dict[str, Any] = evaluate_evoke(questions, file.parent, answerer, folder, progress=progress)["metrics"]
+    return metrics
+
+
 def report(recipe: Recipe, run: Path) -> None:
     """Everything above → report/."""
     from kore_fast.report import build_report
 
     build_report(run, title=recipe.title or recipe.name, base_model=recipe.model_path(), note=recipe.note)
-
-
-def _load_adapter(model: nn.Module, folder: Path, *, is_trainable: bool = False) -> nn.Module:
-    from peft import PeftModel
-
-    from kore_fast.modules.adapter import is_kore_adapter, load_kore_model
-
-    if is_kore_adapter(folder):
-        return load_kore_model(model, folder, is_trainable=is_trainable)
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-
-
-def _unfreeze(model: nn.Module, targets: str | list[str] | None, *, projector: bool) -> nn.Module:
-    """Full fine-tuning of the linears that adapters would be put on; the head and embeddings stay."""
-    from kore_fast.constraint import select_linears
-
-    for name in select_linears(model, targets):
-        model.get_submodule(name).requires_grad_(True)
-    if projector:
-        for name, parameter in model.named_parameters():
-            if "multi_modal_projector" in name:
-                parameter.requires_grad_(True)
-    return model
 
 
 def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

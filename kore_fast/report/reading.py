@@ -18,8 +18,21 @@ from kore_fast.files import read_json
 Row = TypeVar("Row")
 Setting = str | int | float | bool | None
 
-_KIND_ORDER = {"base": 0, "full": 1, "lora": 2, "kore": 4}
-_PRETTY = {"base": "base", "full": "full fine-tuning", "lora": "LoRA", "kore": "KORE"}
+# As they are told of: whole weights, low-rank ones from chance, from the weights, from old knowledge.
+_KINDS = ("base", "full", "osf", "lora", "lora_fa", "pissa", "mica", "corda", "lora_null")
+_KIND_ORDER = {**{kind: place for place, kind in enumerate(_KINDS)}, "kore": len(_KINDS) + 1}
+_PRETTY = {
+    "base": "base",
+    "full": "full fine-tuning",
+    "osf": "OSF",
+    "lora": "LoRA",
+    "lora_fa": "LoRA-FA",
+    "pissa": "PiSSA",
+    "mica": "MiCA",
+    "corda": "CorDA",
+    "lora_null": "LoRA-Null",
+    "kore": "KORE",
+}
 
 
 class Metric(BaseModel):
@@ -160,8 +173,8 @@ def parse_scores(value: Any, where: str) -> Scores:
 
 
 def kind_order(kind: str) -> int:
-    """Place of a kind of method in tables and legends: base, full, LoRA, others, KORE."""
-    return _KIND_ORDER.get(kind, 3)
+    """Place of a kind of method in tables and legends: the base first, KORE last, unknown ones before it."""
+    return _KIND_ORDER.get(kind, len(_KINDS))
 
 
 def pretty(method: str) -> str:

@@ -27,11 +27,22 @@ class MetricWords:
         return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
 
 
+_ADAPTATION = ("Adaptation", True, True)
 METRICS = (
-    MetricWords("adaptation_cem", "new facts asked by name, CEM", "new facts, CEM", "Adaptation", True, True),
-    MetricWords("adaptation_f1", "new facts asked by name, F1", "new facts, F1", "Adaptation", True, True),
-    MetricWords("by_picture_cem", "new facts asked by picture, CEM", "by picture, CEM", "Adaptation", True, True),
-    MetricWords("by_picture_f1", "new facts asked by picture, F1", "by picture, F1", "Adaptation", True, True),
+    MetricWords("adaptation_cem", "new facts asked by name, CEM", "new facts, CEM", *_ADAPTATION),
+    MetricWords("adaptation_f1", "new facts asked by name, F1", "new facts, F1", *_ADAPTATION),
+    MetricWords(
+        "adaptation_cem_corrected", "new facts asked by name, corrected CEM", "new facts, CEM corr.", *_ADAPTATION
+    ),
+    MetricWords("by_picture_cem", "new facts asked by picture, CEM", "by picture, CEM", *_ADAPTATION),
+    MetricWords("by_picture_f1", "new facts asked by picture, F1", "by picture, F1", *_ADAPTATION),
+    MetricWords(
+        "by_picture_cem_corrected", "new facts asked by picture, corrected CEM", "by picture, CEM corr.", *_ADAPTATION
+    ),
+    MetricWords("evoke_cem", "EVOKE, CEM", "EVOKE, CEM", *_ADAPTATION),
+    MetricWords("evoke_cem_corrected", "EVOKE, corrected CEM", "EVOKE, CEM corr.", *_ADAPTATION),
+    MetricWords("evoke_f1", "EVOKE, F1", "EVOKE, F1", *_ADAPTATION),
+    MetricWords("evoke_ka", "EVOKE, K.A = (CEM + F1) / 2", "EVOKE, K.A", *_ADAPTATION),
     MetricWords("capitals", "capitals of the world", "capitals", "Retention", True, True),
     MetricWords("picture_naming", "picture naming", "picture naming", "Retention", True, True),
     MetricWords("wikipedia_loss", "held-out Wikipedia loss, nats a token", "Wikipedia loss", "Retention", False, False),
@@ -55,6 +66,12 @@ GLOSSARY = (
     ("adaptation", "how much of the new knowledge was learned, asked in wordings that training never used"),
     ("retention", "how much of the old knowledge is still there"),
     ("CEM", "cover exact match: the right answer appears, as whole words, in what the model says"),
+    (
+        "corrected CEM",
+        "CEM without two quirks of EVOKE's own scoring: an answer in quotation marks or beginning with $ can match, "
+        "and one without words does not match everything",
+    ),
+    ("K.A", "the KORE paper's knowledge adaptation: the mean of EVOKE's CEM and F1"),
     ("F1", "overlap of the answer's words with the right answer's, 100 % when they are the same words"),
     (
         "drift",

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,8 +22,9 @@ from kore_fast.allocation import release_freed_memory
 from kore_fast.data.conversations import IGNORE, ConversationDataset, Encoded, collate, tokenizer_of, training_order
 from kore_fast.errors import ConstraintError
 from kore_fast.files import write_text
-from kore_fast.modules.adapter import KorePeftModel, check_lora_a, refuse_weight_decay
 from kore_fast.progress import Progress, silent
+from kore_fast.training.methods import METHODS, TrainingMethod
+from kore_fast.training.retention.terms import Batch, Term
 
 LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 _CHECKPOINT_FILES = ("*model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
@@ -47,6 +47,8 @@ class TrainingOptions:
     checkpoint_every: int = 25
     projector_learning_rate: float | None = None
     """Learning rate of modules trained in full beside an adapter (PEFT's ``modules_to_save``); default the same."""
+    replay: float = 0.0
+    """Share of old samples among those that are trained on (`ConversationDataset.old`)."""
 
 
 class _Trainer(Trainer):
@@ -72,35 +74,40 @@ class _Trainer(Trainer):
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         # The head is a fifth of a small model's work: leave it out where no row of the batch has an answer.
         wanted = (targets != IGNORE).any(dim=0).nonzero().squeeze(-1)
-        outputs = model(**inputs, logits_to_keep=wanted)
+        inputs["logits_to_keep"] = wanted
+        outputs = model(**inputs)
         logits, targets = outputs.logits.flatten(0, 1).float(), targets[:, wanted].flatten()
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()
         loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / count
+        for term in self.terms:
+            batch = Batch(self.model, inputs, logits, targets != IGNORE, count, self.options.accumulation)
+            loss = loss + term(batch)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        rate = self.options.projector_learning_rate
+        if getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = self.method.optimizer(self.model, self.options)
         optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.options.projector_learning_rate
         if rate is not None:
             whole = {id(p) for n, p in self.model.named_parameters() if "modules_to_save" in n or "projector" in n}
             for group in list(optimizer.param_groups):
-                moved = [p for p in group["params"] if id(p) in whole]
-                if moved:
-                    group["params"] = [p for p in group["params"] if id(p) not in whole]
-                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+                moves = [id(parameter) in whole for parameter in group["params"]]
+                if any(moves):
+                    # An optimiser of a method's own may keep a list with an entry for each parameter.
+                    lists = {k: v for k, v in group.items() if isinstance(v, list) and len(v) == len(moves)}
+                    moved = {k: [x for x, m in zip(v, moves, strict=True) if m] for k, v in lists.items()}
+                    group.update({k: [x for x, m in zip(v, moves, strict=True) if not m] for k, v in lists.items()})
+                    optimizer.add_param_group({**group, **moved, "lr": rate})
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not isinstance(self.model, PeftModel):
-            # A saved model's keys are not always its state's: Trainer would find none of LLaVA's and go on without.
-            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-            self.model.load_state_dict(saved.state_dict())
-            return
-        # Trainer would load a second adapter over the first and make A trainable again.
-        set_peft_model_state_dict(self.model, load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
-        if isinstance(self.model, KorePeftModel):
-            check_lora_a(self.model)
+        # Trainer would load a second adapter over the first and make trainable what is frozen.
+        self.method.restore(self.model, Path(resume_from_checkpoint))
+        self.method.check(self.model, self.options)
 
+    method: TrainingMethod = METHODS["lora"]
+    terms: Sequence[Term] = ()
     options: TrainingOptions
 
 
@@ -138,6 +145,8 @@ def train(
     options: TrainingOptions,
     folder: str | Path,
     *,
+    method: TrainingMethod | None = None,
+    terms: Sequence[Term] = (),
     progress: Progress = silent,
     label: str = "train",
 ) -> list[dict[str, Any]]:
@@ -147,8 +156,11 @@ def train(
     with the same weights as a run that was not killed (same machine, same number of threads).
 
     Args:
-        model: a PEFT model (LoRA or KORE) or a plain one whose parameters to train require gradients.
+        model: a PEFT model or a plain one whose parameters to train require gradients.
         dataset: what to train on; its order is set here from the seed.
+        method: how it is trained (`TrainingMethod.open` made the model); default KORE or LoRA for a PEFT model, full
+            fine-tuning for another.
+        terms: what is added to the loss; the log shows the sum.
 
     Returns:
         The loss log: a row of `LOSS_COLUMNS` every few steps.
@@ -157,12 +169,19 @@ def train(
         ConstraintError: weight decay on a KORE adapter; A changed; a loss that is no number.
     """
     folder = Path(folder)
-    if isinstance(model, KorePeftModel):
-        refuse_weight_decay(options.weight_decay)
-        check_lora_a(model)
+    # KORE's and LoRA's differ in their start only.
+    method = method or METHODS["lora" if isinstance(model, PeftModel) else "full"]
+    method.check(model, options)
     lengths = dataset.lengths()
     per_step = options.batch_size * options.accumulation
-    order = training_order(lengths, options.batch_size, options.steps * options.accumulation, options.seed)
+    order = training_order(
+        lengths,
+        options.batch_size,
+        options.steps * options.accumulation,
+        options.seed,
+        old=[len(encoded) for encoded in dataset.old],
+        share_old=options.replay,
+    )
     dataset.order = [index for batch in order for index in batch]
     pad = tokenizer_of(dataset.processor).pad_token_id
 
@@ -199,17 +218,16 @@ def train(
         data_collator=collator,
         callbacks=[_ShowSteps(progress, options.steps, label)],
     )
-    trainer.options = options
+    trainer.options, trainer.method, trainer.terms = options, method, terms
     # Trainer prints each log line; the bar and the loss log are enough.
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     with _fast_attention(model, bf16=options.bf16):
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-    if isinstance(model, KorePeftModel):
-        check_lora_a(model)
+    method.check(model, options)
     model.eval()
-    epochs = per_step / max(1, len(lengths))
+    epochs = per_step * (1 - options.replay) / max(1, len(lengths))
     return [
         {"step": row["step"], "epoch": round(row["step"] * epochs, 4), **{c: row.get(c) for c in LOSS_COLUMNS[2:]}}
         for row in trainer.state.log_history

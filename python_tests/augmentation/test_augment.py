@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from kore_fast.augmentation import AugmentationOptions, Round, TemplateWriter, Wordings, augment
+from kore_fast.augmentation.augment import Reject
 from kore_fast.augmentation.provenance import PictureSource
 from kore_fast.augmentation.wordings import FactWordings
 from kore_fast.data import read_samples, write_samples
@@ -49,7 +50,7 @@ def test_every_item_gets_all_branches_and_the_raw_form() -> None:
         assert sample.conversations[0].value.startswith("<image>\n")
     assert made.summary["questions"]["by_name"] == {"questions": 12, "by_fact": {"colour": 6, "size": 6}}
     assert len(made.questions) == 24
-    assert made.summary["rejects"] == []
+    assert made.rejects == []
     json.dumps(made.summary)
 
 
@@ -121,7 +122,7 @@ def test_held_out_wordings_never_come_in_training() -> None:
 def test_what_cannot_be_written_is_counted_with_its_reason() -> None:
     bare = items(2)[1].model_copy(update={"facts": {}})
     made = augment([items(1)[0], bare])
-    assert made.summary["rejects"] == [{"item": "bird1", "branch": "vqa", "reason": "the item has no facts to ask for"}]
+    assert made.rejects == [Reject("bird1", "vqa", "the item has no facts to ask for")]
     assert not [sample for sample in made.samples if sample.item == "bird1" and sample.branch == "vqa"]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import random
 import tracemalloc
@@ -148,6 +149,7 @@ def test_memory_does_not_grow_with_samples() -> None:
         for number in range(count):
             totals.add_sample(sample(str(number), "vqa", "<image>\nWho?", "word " * (number % 50 + 1)))
             totals.add_reject("no", item=str(number), example="y" * 500)
+        gc.collect()  # what waits for it is not held
         size = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         return size

@@ -284,6 +284,29 @@ def test_weights_that_may_be_a_pickle_are_refused_with_the_line_that_converts_th
     assert torch.equal(load_file(tmp_path / "clip.safetensors")["weight"], torch.arange(6.0).reshape(2, 3).T)
 
 
+def test_weights_that_are_not_there_are_no_pictures_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def refuse(options: ClipOptions) -> clip._Model:
+        tried.append(options.pretrained)
+        raise DataError("the hub is out of reach")
+
+    monkeypatch.setattr(clip, "_load", refuse)
+    own, *found = [picture(tmp_path, colour) for colour in ("red", "blue", "green", "pink")]
+    contents = {path.name: path.read_bytes() for path in found}
+    with Clip(None, tmp_path / "cache") as judge:
+        for ask in (
+            lambda: judge.warm([own, *found]),
+            lambda: judge.closest(own, found),
+            lambda: judge.best_for_text("a pink animal", found),
+            lambda: judge.compute("picture", contents),
+        ):
+            with pytest.raises(DataError, match="out of reach"):
+                ask()
+    # Once each, not once a picture: every try may be a download.
+    assert len(tried) == 4
+
+
 def test_without_open_clip_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     own, other = picture(tmp_path, "red"), picture(tmp_path, "blue")

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,20 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DataError, match=r'pip install "kore-fast\[ray\]"'), Cluster(RayOptions()):
         pass
+
+
+@needs_ray
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        begun = time.monotonic()
+        with pytest.raises(DataError, match=rf"Ray at {address}: nobody answers there.*'ray.address'"):
+            Cluster(RayOptions(address=address)).__enter__()
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(DataError, match=f"Ray at {address}"):
+            Cluster(RayOptions()).__enter__()
+    assert time.monotonic() - begun < 60
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +191,13 @@ def test_model_search_and_clip_give_the_folder_of_a_local_run(tmp_path: Path, we
     for name, ray in (("local", None), ("ray", TWO)):
         with Server(script) as server:
             plan = AugmentationPlan.model_validate(
-                {"language_model": model(server), "image_search": search, "clip": clip, "ray": ray}
+                {
+                    "language_model": model(server),
+                    "image_search": search,
+                    "clip": clip,
+                    "grounding": {"judge": "all"},
+                    "ray": ray,
+                }
             )
             produce(items, plan, tmp_path / name, tmp_path / f"{name}-cache")
             made[name] = len(server.requests)
@@ -194,6 +216,8 @@ def test_model_search_and_clip_give_the_folder_of_a_local_run(tmp_path: Path, we
     summary = json.loads((tmp_path / "ray" / "summary.json").read_text())
     assert summary["pictures"]["recognition: found"] > 0
     assert any("summary" in reason for reason in summary["writer"]["unusable_answers"])
+    assert summary["judge"]["cases"] > 0
+    assert summary["judge"]["not_judged"] == 0
     key_is_in_no_file(ray_here)
 
 

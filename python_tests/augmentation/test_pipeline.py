@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("openai", reason='needs openai: pip install "kore-fast[augment]"')
 pytest.importorskip("json_repair", reason='needs json-repair: pip install "kore-fast[augment]"')
 
+from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.cli import main
 from kore_fast.data.samples import read_samples
 from python_tests.augmentation.language.server import Reply, Server, error, task_of
@@ -52,7 +53,8 @@ def check_whole(run: Path, items: int, root: Path, *, branches: tuple[str, ...] 
     }
     assert {name: one["samples"] for name, one in card["branches"].items()} == dict(counts)
     assert summary["samples"] == card["samples"] == len(made)
-    assert card["rejects"]["total"] == len(left_out)
+    assert card["rejects"]["total"] == summary["rejects"]["total"] == len(left_out)
+    assert sum(summary["rejects"]["reasons"].values()) == len(left_out)
     read_samples(folder / "samples.json", root)
     assert [one["item"] for one in json.loads((folder / "knowledge.json").read_text())] == [
         f"i{n}" for n in range(items)
@@ -375,3 +377,38 @@ def test_pictures_chosen_by_open_clip(tmp_path: Path) -> None:
     found = json.loads(whole["card.json"])["found_pictures"]
     assert found["clip"]["scored"] == found["pictures"] > 0
     assert str(tmp_path) not in whole["card.json"].decode()
+
+
+def test_how_the_caches_are_filled_does_not_make_the_samples_again(
+    tmp_path: Path, searched: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items, run = tmp_path / "data" / "items.jsonl", tmp_path / "run"
+    monkeypatch.setenv("SOME_KEY", SECRET)
+    with Server(script) as server:
+        assert run_augment(items, run, **searched, language_model=model(server)) == 0
+        before = files(run / "augment")
+        other = {
+            "api_key_env": "SOME_KEY", "concurrency": 3, "requests_per_minute": 9, "tokens_per_minute": 9,
+            "timeout": 9.0, "attempts": 9, "backoff": 9.0, "longest_wait": 9.0, "batch_api": True, "batch_poll": 9.0,
+        }  # fmt: skip
+        plan = {
+            "language_model": model(server, **other),
+            "image_search": {**searched["image_search"], "concurrency": 1, "timeout": 9.0, "retries": 0},
+            "clip": {**searched["clip"], "batch_size": 7, "device": "cpu"},
+            "ray": {"workers": 3},
+        }
+        capsys.readouterr()
+        assert run_augment(items, run, **plan) == 0
+        assert "nothing changed" in capsys.readouterr().err
+    assert files(run / "augment") == before
+    same = AugmentationPlan.model_validate(plan).decisive()
+    assert same == AugmentationPlan.model_validate({**searched, "language_model": plan["language_model"]}).decisive()
+    # What is written depends on these, and on every option that nobody thought of here.
+    for section, change in (
+        ("language_model", {"max_tokens": 999}),
+        ("language_model", {"asks": 2}),
+        ("language_model", {"price_in": 1.0, "price_out": 1.0}),
+        ("image_search", {"results": 4}),
+        ("clip", {"keep": 1}),
+    ):
+        assert AugmentationPlan.model_validate({**plan, section: {**plan[section], **change}}).decisive() != same

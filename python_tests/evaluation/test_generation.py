@@ -58,6 +58,8 @@ def test_batches_answer_as_each_alone(model: nn.Module, tiny_processor: Any, pro
     for size in (1, 2, 6):
         found = generate_answers(model, tiny_processor, prompts, max_new_tokens=8, batch_size=size)
         assert found == wanted, size
+    encoded = [encode_prompt(tiny_processor, prompt) for prompt in prompts]
+    assert generate_answers(model, tiny_processor, encoded, max_new_tokens=8, batch_size=4) == wanted
 
 
 def test_order_of_prompts_is_kept(model: nn.Module, tiny_processor: Any, prompts: list[Prompt]) -> None:

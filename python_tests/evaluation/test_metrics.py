@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
 import string
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
-from kore_fast.evaluation.metrics import cover_exact_match, hars, normalise_answer, token_f1
+from kore_fast.evaluation.metrics import (
+    RETENTION_BENCHMARKS,
+    cover_exact_match,
+    cover_exact_match_corrected,
+    hars,
+    knowledge_adaptation,
+    knowledge_retention,
+    mme_score,
+    normalise_answer,
+    token_f1,
+)
 from kore_fast.intervals import mean_interval, student_quantile, wilson_interval
 
 WORDS = [
@@ -119,6 +131,54 @@ def test_cover_exact_match_survives_any_text() -> None:
 
 
 @pytest.mark.parametrize(
+    ("prediction", "truth", "match"),
+    [
+        ("'Titanic'", "'Titanic'", True),
+        ("“Titanic”", "“Titanic”", True),
+        ("It is called Titanic.", "'Titanic'", True),
+        ("It is ‘Titanic’, a film", "Titanic", True),
+        ("Titanics", "'Titanic'", False),
+        ("the Titanic", "'The Titanic'", True),
+        ("$5 million", "$5 million", True),
+        ("about $419,300 in May", "$419,300", True),
+        ("$4,193,001", "$419,300", False),
+        ("US$5 million", "$5 million", True),
+        ("5 million", "$5 million", False),
+        ("40%", "40%", True),
+        ("140%", "40%", False),
+        ("anything at all", "the", False),
+        ("anything at all", "", False),
+        ("''", "''", False),
+        ("Publishers’ Association", "Publishers’ Association", True),
+        ("O'Neill", "O'Neill", True),
+        ("O'Neill", "Neill", True),
+        ("don't", "dont", True),
+        ("Level thirteen", "3", False),
+    ],
+)
+def test_corrected_cover_exact_match(prediction: str, truth: str, match: bool) -> None:
+    assert cover_exact_match_corrected(prediction, truth) is match
+
+
+def test_the_correction_loses_no_match_and_lets_every_answer_match_itself() -> None:
+    rng = random.Random(3)
+    signs = ["'", '"', "“", "”", "’", "$", "%", "", "", "", ""]
+    differ = 0
+    for _ in range(5000):
+        prediction, truth = random_text(rng), random_text(rng)
+        if rng.random() < 0.5:
+            truth = rng.choice(signs) + rng.choice(WORDS) + rng.choice(signs)
+            prediction = f"{random_text(rng)}{rng.choice(['', ' '])}{truth}{rng.choice(['', ' '])}{random_text(rng)}"
+        empty = not normalise_answer(truth.translate({ord(sign): None for sign in "'\"‘’“”«»"}))
+        reference, corrected = cover_exact_match(prediction, truth), cover_exact_match_corrected(prediction, truth)
+        differ += reference is not corrected
+        if not empty:
+            assert cover_exact_match_corrected(truth, truth), truth
+            assert corrected or not reference, (prediction, truth)
+    assert differ > 100
+
+
+@pytest.mark.parametrize(
     ("prediction", "truth", "score"),
     [
         ("The Elvish Ranger!", "elvish ranger", 1.0),
@@ -150,22 +210,141 @@ def test_token_f1_is_symmetric_bounded_and_blind_to_order() -> None:
         assert token_f1(" ".join(words), right) == pytest.approx(score)
 
 
+# The paper's table for LLaVA-v1.5-7B, as printed: CEM, F1, K.R, HARS (None where it prints none).
+PRINTED = {
+    "base": ("4.89", "9.34", "46.74", None),
+    "Full-FT": ("18.02", "15.17", "31.66", "61.98"),
+    "LoRA r128": ("15.23", "18.31", "33.47", "63.83"),
+    "Replay": ("11.36", "17.98", "43.00", "66.04"),
+    "EWC": ("15.49", "19.42", "35.14", "66.26"),
+    "LwF": ("14.58", "19.99", "35.44", "66.26"),
+    "MoELoRA": ("6.45", "12.20", "40.51", "37.22"),
+    "O-LoRA": ("6.44", "12.08", "41.25", "36.70"),
+    "SEFE": ("16.22", "24.12", "33.02", "67.56"),
+    "KORE r235": ("30.65", "41.26", "40.00", "82.81"),
+    "KORE r256": ("31.05", "41.32", "42.10", "84.93"),
+    "LoRA on KORE's data": ("33.93", "43.71", "35.78", None),
+}
+# What its prose prints for the same rows.
+IN_PROSE = {"LoRA r128": "63.81", "KORE r235": "82.80", "KORE r256": "84.92"}
+# Its ablation, in points against KORE r235 = 35.96 / 40.00; one row of it stands in the table above.
+ABLATION = {
+    "no augmentation": ("-21.39", "+0.16"),
+    "no constraint": ("+2.86", "-4.22"),
+    "A trained": ("+0.89", "-1.08"),
+}
+
+Range = tuple[float, float]
+
+
+def printed(text: str) -> Range:
+    """Every value that rounds to the printed digits, either way at the half."""
+    half = 0.5 * 10.0 ** -len(text.partition(".")[2])
+    return float(text) - half, float(text) + half
+
+
+def spanned(function: Callable[..., float], *ranges: Range) -> Range:
+    """The values of a function that rises or falls in each argument: they lie between those at the corners."""
+    values = [function(*corner) for corner in itertools.product(*ranges)]
+    return min(values), max(values)
+
+
+def overlap(one: Range, other: Range) -> bool:
+    slack = 1e-9  # float arithmetic at a half
+    return one[0] <= other[1] + slack and other[0] <= one[1] + slack
+
+
+def adaptation_of(method: str) -> Range:
+    cem, f1, _, _ = PRINTED[method]
+    return spanned(knowledge_adaptation, printed(cem), printed(f1))
+
+
+def hars_of(method: str) -> Range:
+    # The base's K.A and K.R stand in the denominators of both gains.
+    base = (adaptation_of("base"), printed(PRINTED["base"][2]))
+    return spanned(hars, adaptation_of(method), printed(PRINTED[method][2]), *base)
+
+
+@pytest.mark.parametrize("method", [name for name, row in PRINTED.items() if row[3]])
+def test_every_printed_hars_follows_from_the_printed_parts(method: str) -> None:
+    found = hars_of(method)
+    for text in (PRINTED[method][3], IN_PROSE.get(method)):
+        assert text is None or overlap(found, printed(text)), text
+    # The range is narrow: no other row's score follows.
+    for other, (_, _, _, score) in PRINTED.items():
+        if score is not None and score != PRINTED[method][3]:
+            assert not overlap(found, printed(score)), other
+
+
+def test_a_score_from_wrong_parts_would_show() -> None:
+    for method, (cem, f1, retention, score) in PRINTED.items():
+        if score is not None:
+            base = (4.89 + 9.34) / 2, 46.74
+            right = hars((float(cem) + float(f1)) / 2, float(retention), *base)
+            assert abs(right - float(score)) < 0.1
+            # F1 alone, a K.R off by half a point, a base off by a fifth.
+            for wrong in (
+                hars(float(f1), float(retention), *base),
+                hars((float(cem) + float(f1)) / 2, float(retention) + 0.5, *base),
+                hars((float(cem) + float(f1)) / 2, float(retention), base[0] + 0.2, base[1]),
+            ):
+                assert not overlap((wrong, wrong), printed(score)), method
+
+
 @pytest.mark.parametrize(
-    ("cem", "f1", "retention", "score"),
-    [
-        (18.02, 15.17, 31.66, 61.98),
-        (15.23, 18.31, 33.47, 63.83),
-        (11.36, 17.98, 43.00, 66.04),
-        (15.49, 19.42, 35.14, 66.26),
-        (6.45, 12.20, 40.51, 37.22),
-        (6.44, 12.08, 41.25, 36.70),
-        (16.22, 24.12, 33.02, 67.56),
-        (30.65, 41.26, 40.00, 82.81),
-        (31.05, 41.32, 42.10, 84.93),
-    ],
+    ("method", "text"),
+    [("KORE r235", "35.96"), ("KORE r256", "36.19"), ("LoRA on KORE's data", "38.82"), ("base", "7.12")],
 )
-def test_hars_reproduces_the_papers_table(cem: float, f1: float, retention: float, score: float) -> None:
-    assert hars((cem + f1) / 2, retention, (4.89 + 9.34) / 2, 46.74) == pytest.approx(score, abs=0.006)
+def test_adaptation_is_the_mean_of_cem_and_f1(method: str, text: str) -> None:
+    assert overlap(adaptation_of(method), printed(text))
+
+
+def test_the_ablation_follows_from_the_table() -> None:
+    kore = printed("35.96"), printed("40.00")
+    assert overlap(adaptation_of("KORE r235"), kore[0])
+    assert PRINTED["KORE r235"][2] == "40.00"
+    adaptation, retention = (
+        spanned(lambda start, step: start + step, start, printed(step))
+        for start, step in zip(kore, ABLATION["no constraint"], strict=True)
+    )
+    assert overlap(adaptation_of("LoRA on KORE's data"), adaptation)
+    assert overlap(printed(PRINTED["LoRA on KORE's data"][2]), retention)
+    # The other two rows are printed as differences alone; their HARS must lie where both parts move the score.
+    scores = {}
+    for name, steps in ABLATION.items():
+        parts = [float(start) + float(step) for start, step in zip(("35.96", "40.00"), steps, strict=True)]
+        scores[name] = hars(*parts, (4.89 + 9.34) / 2, 46.74)
+    whole = hars(35.96, 40.00, (4.89 + 9.34) / 2, 46.74)
+    assert all(score < whole for score in scores.values())
+
+
+def test_retention_is_the_plain_mean_of_all_twelve() -> None:
+    rng = random.Random(5)
+    scores = {name: rng.uniform(10, 90) for name in RETENTION_BENCHMARKS}
+    assert len(scores) == 12
+    assert knowledge_retention(scores) == pytest.approx(statistics.fmean(scores.values()))
+    assert knowledge_retention(dict(reversed(scores.items()))) == pytest.approx(knowledge_retention(scores))
+    # A table's K.R: any twelve scores with that mean.
+    for _, _, retention, _ in PRINTED.values():
+        shift = float(retention) - statistics.fmean(scores.values())
+        moved = {name: score + shift for name, score in scores.items()}
+        assert overlap((knowledge_retention(moved),) * 2, printed(retention))
+    for missing in ({"POPE": None}, {"POPE": None, "MME": None}):
+        with pytest.raises(ValueError, match=f"{len(missing)} are missing: .*POPE"):
+            knowledge_retention({**scores, **missing})
+    with pytest.raises(ValueError, match="1 are missing: MME"):
+        knowledge_retention({name: score for name, score in scores.items() if name != "MME"})
+    with pytest.raises(ValueError, match="no benchmark 'VQAv2'"):
+        knowledge_retention({**scores, "VQAv2": 50.0})
+
+
+def test_mme_is_brought_to_points() -> None:
+    assert mme_score(2000, 800) == 100
+    assert mme_score(0, 0) == 0
+    assert mme_score(1510.72, 348.2) == pytest.approx(66.39, abs=0.005)
+    for wrong in [(2001, 0), (0, 801), (-1, 0), (0, -1)]:
+        with pytest.raises(ValueError, match="MME's"):
+            mme_score(*wrong)
 
 
 def test_hars_at_its_edges() -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from kore_fast.errors import DataError
+from kore_fast.evaluation import naming
 from kore_fast.evaluation.naming import (
     OPENING,
     QUESTION,
@@ -50,6 +51,24 @@ def test_scores_equal_uncached_likelihoods(
     for picture, names, row in zip(pictures, CHOICES, scores, strict=True):
         expected = [plain_score(tiny_model, tiny_processor, picture, name) for name in names]
         assert row == pytest.approx(expected, abs=1e-4)
+
+
+def test_pictures_that_are_too_many_are_halved(
+    tiny_model: Any, tiny_processor: Any, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, real = score_choices(tiny_model, tiny_processor, pictures, CHOICES, bfloat16=False), naming._score
+
+    def small(model: Any, processor: Any, images: Any, choices: Any) -> Any:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, processor, images, choices)
+
+    monkeypatch.setattr(naming, "_score", small)
+    told: list[int] = []
+    halved = score_choices(tiny_model, tiny_processor, pictures, CHOICES, bfloat16=False, progress=told.append)
+    assert told == [2, 2]
+    for row, wanted in zip(halved, whole, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-4)
 
 
 def test_blank_picture_scores_zero_against_itself(tiny_model: Any, tiny_processor: Any) -> None:

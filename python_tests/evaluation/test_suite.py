@@ -13,8 +13,9 @@ from torch import nn
 
 from kore_fast.data.old_knowledge import PlainQuestion, read_pictures, read_texts, sample
 from kore_fast.data.questions import Question
+from kore_fast.evaluation import answering
 from kore_fast.evaluation import suite as module
-from kore_fast.evaluation.metrics import cover_exact_match, token_f1
+from kore_fast.evaluation.metrics import cover_exact_match, cover_exact_match_corrected, token_f1
 from kore_fast.evaluation.suite import Suite, evaluate
 from kore_fast.files import read_jsonl, write_jsonl
 
@@ -88,6 +89,8 @@ def test_figures_follow_from_the_rows(
         for form, prefix in (("by_name", "adaptation"), ("by_picture", "by_picture")):
             chosen = [row for row in answered if row["form"] == form]
             assert metrics[f"{prefix}_cem"]["value"] == mean([row["cem"] for row in chosen])
+            corrected = [cover_exact_match_corrected(row["prediction"], row["answer"]) for row in chosen]
+            assert metrics[f"{prefix}_cem_corrected"]["value"] == mean(corrected)
             assert metrics[f"{prefix}_f1"]["value"] == pytest.approx(mean([row["f1"] for row in chosen]))
             assert metrics[f"{prefix}_cem"]["count"] == 3
         named = rows(folder, "pictures.jsonl")
@@ -118,7 +121,7 @@ def test_what_is_kept_is_not_measured_again(
 ) -> None:
     first = evaluate(tiny_model, tiny_model, tiny_processor, wanted, tmp_path)
     (tmp_path / "pictures.jsonl").unlink()
-    monkeypatch.setattr(module, "generate_answers", lambda *_, **__: pytest.fail("answered again"))
+    monkeypatch.setattr(answering, "stream_answers", lambda *_, **__: pytest.fail("answered again"))
     monkeypatch.setattr(module, "measure_drift", lambda *_, **__: pytest.fail("measured again"))
     assert evaluate(tiny_model, tiny_model, tiny_processor, wanted, tmp_path) == first
     edited = [{**row, "cem": True} for row in rows(tmp_path, "questions.jsonl")]
@@ -143,6 +146,39 @@ def test_a_failing_part_keeps_those_before(
     }
 
 
+def test_a_part_that_was_being_answered_keeps_its_batches(
+    tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(wanted, batch_size=2, capitals=(), texts=(), pictures=())
+    calm = evaluate(tiny_model, tiny_model, tiny_processor, small, tmp_path / "calm")
+    stream = answering.stream_answers
+
+    def stop_after_two(*given: Any, **options: Any) -> Any:
+        batches = iter(stream(*given, **options))
+        yield next(batches)
+        yield next(batches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answering, "stream_answers", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_model, tiny_model, tiny_processor, small, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["questions.partial.jsonl"]
+    assert len(rows(tmp_path / "run", "questions.partial.jsonl")) == 4
+    answered = []
+
+    def counting(*given: Any, **options: Any) -> Any:
+        for batch in stream(*given, **options):
+            answered.extend(batch)
+            yield batch
+
+    monkeypatch.setattr(answering, "stream_answers", counting)
+    assert evaluate(tiny_model, tiny_model, tiny_processor, small, tmp_path / "run") == calm
+    assert len(answered) == 2
+    names = [path.name for path in (tmp_path / "run").iterdir()]
+    assert names == ["questions.jsonl"]
+    assert (tmp_path / "run" / names[0]).read_bytes() == (tmp_path / "calm" / names[0]).read_bytes()
+
+
 def test_an_empty_part_is_left_out(tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path) -> None:
     only_texts = replace(wanted, questions=(), capitals=(), pictures=())
     assert set(evaluate(tiny_model, tiny_model, tiny_processor, only_texts, tmp_path)) == {
@@ -156,7 +192,9 @@ def test_an_empty_part_is_left_out(tiny_model: nn.Module, tiny_processor: Any, w
 def test_a_base_that_says_nothing_has_no_drift_on_its_answers(
     tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "generate_answers", lambda _, __, prompts, **___: [""] * len(prompts))
+    monkeypatch.setattr(
+        answering, "stream_answers", lambda _, __, prompts, **___: [dict.fromkeys(range(len(prompts)), "")]
+    )
     found = evaluate(tiny_model, tiny_model, tiny_processor, wanted, tmp_path)
     assert found["capitals"]["value"] == 0
     assert "kl_chat" not in found

@@ -152,7 +152,7 @@ def test_missing_upstream_names_the_command(kitchen: Kitchen) -> None:
     with pytest.raises(RecipeError, match=r"b/x: .*run/a is not there; make it with `kore-fast a`"):
         kitchen.cook(kitchen.stages()[1:2])
     kitchen.source.unlink()
-    with pytest.raises(RecipeError, match=r"source\.txt is not there; check the recipe's path"):
+    with pytest.raises(RecipeError, match=r"source\.txt is not there; check the path"):
         kitchen.cook()
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kore_fast.errors import RecipeError
-from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe.schema import load_plan, load_recipe
 
 MINIMAL: dict[str, Any] = {
     "name": "small",
@@ -93,6 +93,21 @@ def test_unknown_key_lists_the_known(tmp_path: Path) -> None:
         ("methods.k", {"kind": "kore", "learning_rate": 1, "rank": 3, "weight_decay": 0.1}, "weight_decay=0.1"),
         ("methods.k", {"kind": "kore", "learning_rate": 1, "rank": 3, "lora_dropout": 0.1}, "lora_dropout=0.1"),
         ("methods.k", {"kind": "kore", "learning_rate": 1, "rank": 3, "alpha": 2}, "alpha"),
+        ("methods.k", {"kind": "kore", "learning_rate": 1, "rank": 3, "corda_mode": "kpm"}, "nothing for KORE"),
+        ("methods.c", {"kind": "corda", "learning_rate": 1, "rank": 3, "corda_mode": "kpa"}, "corda_mode"),
+        ("methods.p", {"kind": "pissa", "learning_rate": 1}, "kind 'pissa' needs a rank"),
+        ("methods.p", {"kind": "pissa", "learning_rate": 1, "rank": {"energy": 1e-4}}, "PiSSA takes a number"),
+        ("methods.p", {"kind": "pissa", "learning_rate": 1, "rank": 3, "lora_dropout": 0.1}, "has no dropout"),
+        ("methods.o", {"kind": "osf", "learning_rate": 1, "rank": 3}, "which takes effective_rank"),
+        ("methods.o", {"kind": "osf", "learning_rate": 1, "effective_rank": 1.5}, "a share of them between 0 and 1"),
+        ("methods.o", {"kind": "osf", "learning_rate": 1, "projector_learning_rate": 1}, "cannot hold a projector"),
+        ("methods.m", {"kind": "mica", "learning_rate": 1, "rank": 3, "freeze_a": True}, "freezes B and trains A"),
+        ("methods.f", {"kind": "lora_fa", "learning_rate": 1, "rank": 3, "freeze_a": False}, "always frozen"),
+        ("methods.lora.replay", 1, "methods.lora.replay"),
+        ("methods.lora.replay", 0, "methods.lora.replay"),
+        ("methods.lora.ewc", {}, "methods.lora.ewc.strength: missing"),
+        ("methods.lora.ewc", {"strengt": 1}, "did you mean 'strength'?"),
+        ("methods.lora.lwf", {"temperature": 0}, "methods.lora.lwf.temperature"),
         (
             "methods.l",
             {"kind": "lora", "learning_rate": 1, "rank": 3, "freeze_a": True, "weight_decay": 0.1},
@@ -122,11 +137,20 @@ def test_missing_key_is_named(tmp_path: Path, missing: str) -> None:
         load_recipe(write(tmp_path, values))
 
 
-def test_kore_needs_covariances(tmp_path: Path) -> None:
-    values = changed("methods.kore", {"kind": "kore", "rank": 4, "learning_rate": 1})
+@pytest.mark.parametrize("kind", ["kore", "corda", "lora_null"])
+def test_some_kinds_need_covariances(tmp_path: Path, kind: str) -> None:
+    values = changed("methods.mine", {"kind": kind, "rank": 4, "learning_rate": 1})
     del values["covariance"]
-    with pytest.raises(RecipeError, match="'kore' needs covariances"):
+    with pytest.raises(RecipeError, match="'mine' needs covariances"):
         load_recipe(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(("given", "read"), [(8, 8), (8.0, 8), ("4e1", 40), (0.25, 0.25)])
+def test_directions_are_a_number_or_a_share(tmp_path: Path, given: Any, read: float) -> None:
+    values = changed("methods.o", {"kind": "osf", "learning_rate": 1, "effective_rank": given})
+    found = load_recipe(write(tmp_path, values)).methods["o"].effective_rank
+    assert found == read
+    assert type(found) is type(read)
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
@@ -192,3 +216,22 @@ def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
     text = yaml.safe_dump(MINIMAL) + "seed: 1\nseed: 2\n"
     with pytest.raises(RecipeError, match="'seed' comes twice"):
         load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"language_model.modell": "m"}, "language_model.modell: unknown key; did you mean 'model'?"),
+        ({"language_model": "gpt-4o"}, "--set: language_model: want keys and values, as in {key: value}, found str"),
+        ({"vqa": "many"}, "--set: vqa: "),
+        ({"vqa": "3", "vqa.count": "3"}, "--set vqa.count: vqa is not a section of the augmentation"),
+    ],
+)
+def test_options_without_a_recipe_are_blamed_on_the_command_line(
+    tmp_path: Path, given: dict[str, str], said: str
+) -> None:
+    (tmp_path / "items.jsonl").write_text("")
+    with pytest.raises(RecipeError) as raised:
+        load_plan(tmp_path / "items.jsonl", given)
+    assert said in str(raised.value)
+    assert "items.jsonl" not in str(raised.value)

@@ -37,7 +37,9 @@ STAGES = [
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file but those that tell what a run took."""
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith("cost/")}
 
 
 def ran(capsys: pytest.CaptureFixture[str]) -> list[str]:

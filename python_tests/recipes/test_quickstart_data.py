@@ -105,7 +105,7 @@ def test_the_quickstarts_samples_are_compact_and_its_questions_are_not_trained_o
     assert 450 <= len(made.samples) <= 600
     assert 240 <= made.summary["questions"]["by_name"]["questions"] <= 300
     assert made.summary["questions"]["by_picture"]["questions"] == 128
-    assert made.summary["rejects"] == []
+    assert made.rejects == []
     turns = [turn for sample in made.samples for turn in sample.conversations]
     asked = {turn.value.replace("<image>\n", "") for turn in turns if turn.speaker == "human"}
     assert not asked & {question.text for question in made.questions}

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from kore_fast.augmentation.language.cache import Entry, Reply, RequestCache
-from kore_fast.augmentation.language.client import Connection, RequestFailedError
 from kore_fast.augmentation.language.item_requests import Request
 from kore_fast.augmentation.language.options import LanguageModelOptions
 from kore_fast.augmentation.language.prompting import harmless, load_prompts
 from kore_fast.augmentation.language.schemas import UnusableError
-from kore_fast.augmentation.language.totals import Totals, money, said_cost
+from kore_fast.endpoint.cache import Entry, Reply, RequestCache
+from kore_fast.endpoint.client import Connection, RequestFailedError
+from kore_fast.endpoint.totals import Totals, money, said_cost
 from kore_fast.progress import Progress, silent
 
 UnitT = TypeVar("UnitT")
@@ -64,6 +64,17 @@ class Account:
         self.counts["unusable" if entry.problem else "answers"] += 1
         if entry.problem:
             self.rejected[f"{request.task}: {kind_of(entry.problem)}"] += 1
+
+    @property
+    def settled(self) -> int:
+        """Requests that are done with: answered, or refused for good."""
+        return self.counts["answers"] + self.counts["unusable"]
+
+    def take(self, other: Account) -> None:
+        """Take up all of another account."""
+        self.counts.update(other.counts)
+        self.models |= other.models
+        self.rejected.update(other.rejected)
 
     def summary(self, model: LanguageModelOptions, prompts: dict[str, str], keys: Sequence[str]) -> dict[str, Any]:
         """For the data card; plain JSON values. ``keys`` are the counts to tell."""

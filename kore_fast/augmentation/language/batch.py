@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kore_fast.augmentation.language.client import Connection, RequestFailedError, read_reply
+from kore_fast.endpoint.client import Connection, RequestFailedError, read_reply
 from kore_fast.errors import LanguageModelError
 from kore_fast.files import read_json, write_json
 from kore_fast.progress import Progress

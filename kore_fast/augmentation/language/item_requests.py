@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kore_fast.augmentation.language.cache import request_key, request_rest
 from kore_fast.augmentation.language.options import LanguageModelOptions
-from kore_fast.augmentation.language.prompting import Chosen, Material, Prompt, count_tokens, harmless, material, quote
+from kore_fast.augmentation.language.prompting import Chosen, Material, Prompt, harmless, material, quote
 from kore_fast.augmentation.language.repair import read_answer
 from kore_fast.augmentation.language.schemas import (
     Answer,
@@ -20,7 +19,6 @@ from kore_fast.augmentation.language.schemas import (
     Questions,
     SpokenQuadruplets,
     Summary,
-    json_schema,
     usable_answer,
     usable_answers,
     usable_quadruplets,
@@ -29,6 +27,9 @@ from kore_fast.augmentation.language.schemas import (
 )
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.data.items import Item
+from kore_fast.endpoint.cache import request_key, request_rest
+from kore_fast.endpoint.forms import json_schema
+from kore_fast.endpoint.tokens import count_message_tokens
 
 # About what each answer takes, for an estimate before the first request: words at 1.4 tokens, with the JSON around.
 _QUESTION_TOKENS = 22
@@ -63,7 +64,7 @@ class Request:
     @property
     def prompt_tokens(self) -> int:
         """Of the prompt, roughly."""
-        return sum(count_tokens(message["content"]) + 4 for message in self.messages)
+        return count_message_tokens(self.messages)
 
 
 class ItemRequests:

@@ -14,11 +14,12 @@ from typing import Any
 
 from kore_fast.augmentation.grounding import Case, Verdict
 from kore_fast.augmentation.language.asking import Account, Asker, Missing, Outstanding
-from kore_fast.augmentation.language.cache import RequestCache, canonical, request_key, request_rest
 from kore_fast.augmentation.language.item_requests import Request
 from kore_fast.augmentation.language.options import LanguageModelOptions
 from kore_fast.augmentation.language.prompting import bounded, harmless, quote
-from kore_fast.augmentation.language.schemas import REASON_WORDS, Judgement, json_schema, usable_judgement
+from kore_fast.augmentation.language.schemas import REASON_WORDS, Judgement, usable_judgement
+from kore_fast.endpoint.cache import RequestCache, canonical, request_key, request_rest
+from kore_fast.endpoint.forms import json_schema
 from kore_fast.errors import DataError
 
 TASK = "judge"

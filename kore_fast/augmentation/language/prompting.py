@@ -20,6 +20,7 @@ from kore_fast.augmentation.language.schemas import tidy
 from kore_fast.augmentation.prose import sentences
 from kore_fast.data.items import Item
 from kore_fast.data.problems import describe_validation, raise_problems
+from kore_fast.endpoint.tokens import BYTES_PER_TOKEN
 from kore_fast.errors import DataError
 
 WRITER_TASKS = ("questions", "answer", "answers", "summary", "quadruplets", "spoken_quadruplets")
@@ -34,13 +35,6 @@ _PLACES = {
     "judge": {"fence", "material", "question_fence", "question", "answer_fence", "answer"},
 }
 _QUOTED = {"material", "question", "answer"}
-BYTES_PER_TOKEN = 4
-"""A rough count that needs no tokenizer: right within a fifth or so for English, and for most scripts."""
-
-
-def count_tokens(text: str) -> int:
-    """About how many tokens a text is."""
-    return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
 
 
 class Prompt(BaseModel):
@@ -103,7 +97,7 @@ def load_prompts(folder: str | Path | None = None) -> dict[str, Prompt]:
         return built_in_prompts()
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of prompts")
+        raise DataError(f"{folder}: no such folder of prompts; correct 'prompts'")
     own: dict[str, Prompt] = {}
     for path in sorted(folder.glob("*.yaml")):
         if path.stem not in TASKS:

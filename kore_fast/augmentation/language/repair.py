@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from itertools import accumulate
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from kore_fast.augmentation.language.schemas import UnusableError, whole_sentences
 from kore_fast.data.problems import describe_validation
-from kore_fast.errors import LanguageModelError
+from kore_fast.endpoint.packages import needed
 
 LONGEST = 100_000
 """Characters of an answer that is read."""
@@ -23,20 +22,6 @@ DEEPEST = 16
 brackets; no form here has more than four."""
 
 FormT = TypeVar("FormT", bound=BaseModel)
-
-
-def needed(package: str) -> Any:
-    """An optional package.
-
-    Raises:
-        LanguageModelError: it is not installed; says how to.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise LanguageModelError(
-            f'asking a language model needs the package {package}: pip install "kore-fast[augment]"'
-        ) from None
 
 
 def read_answer(content: str, form: type[FormT], *, cut: bool = False) -> FormT:

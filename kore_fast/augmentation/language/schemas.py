@@ -7,7 +7,6 @@ or doubled texts, marks that would break a sample) is checked here, on the answe
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -107,29 +106,6 @@ class Judgement(Form):
     def _without_reason(cls, value: Any) -> Any:
         # The decision is what counts; it is not asked for again because there are no words to it.
         return {**value, "reason": value.get("reason") or ""} if isinstance(value, dict) else value
-
-
-@cache
-def json_schema(form: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a form, as strict structured outputs want it: no titles, all keys required."""
-    whole = form.model_json_schema()
-    parts = whole.pop("$defs", {})
-
-    def bare(value: Any) -> Any:
-        if isinstance(value, list):
-            return [bare(one) for one in value]
-        if not isinstance(value, dict):
-            return value
-        if "$ref" in value:
-            return bare(parts[value["$ref"].rpartition("/")[2]])
-        kept = {key: bare(one) for key, one in value.items() if key not in ("title", "description", "properties")}
-        if "properties" in value:
-            # By name: a property may itself be called "title".
-            kept["properties"] = {key: bare(one) for key, one in value["properties"].items()}
-        return kept
-
-    found: dict[str, Any] = bare(whole)
-    return found
 
 
 class UnusableError(ValueError):

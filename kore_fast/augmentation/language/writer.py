@@ -1,29 +1,35 @@
 """The language-model writer: dialogue, caption and VQA in the paper's way, by any OpenAI-compatible model.
 
 `LanguageModelWriter.prepare` asks the model and fills the request cache; the methods of `Writer` then read that cache
-only, so that assembly neither waits nor depends on luck.
+only, so that assembly neither waits nor depends on luck. What was read for an item is kept in the cache as a whole, so
+that a further run asks the cache once an item.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kore_fast.augmentation import generic
+from kore_fast.augmentation.basis import Basis, code_mark, package_mark
 from kore_fast.augmentation.language.asking import NOT_ASKED, Account, Asker, Missing, Outstanding
-from kore_fast.augmentation.language.cache import Entry, RequestCache
 from kore_fast.augmentation.language.item_requests import ItemRequests, Request
 from kore_fast.augmentation.language.options import LanguageModelOptions
 from kore_fast.augmentation.language.prompting import WRITER_TASKS
 from kore_fast.augmentation.language.schemas import VisualQuestion
-from kore_fast.augmentation.language.totals import money, said_cost
 from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.augmentation.templates import TemplateWriter
 from kore_fast.augmentation.wordings import Wordings, fill
 from kore_fast.augmentation.writer import CannotWriteError, Round
 from kore_fast.data.items import Item
+from kore_fast.endpoint.cache import Entry, RequestCache
+from kore_fast.endpoint.totals import money, said_cost
 
 
 @dataclass
@@ -42,6 +48,105 @@ class Texts:
     """Requests that the server did not answer when last asked."""
     cut: bool = False
     """The item's text was too long to be shown whole."""
+    unanswered: int = 0
+    """Questions that the text does not answer, where ``answers`` are not told."""
+    account: Account | None = None
+    """What the entries took, where they were not read one by one."""
+
+    @property
+    def found(self) -> int:
+        """Requests that are done with: answered, or refused for good."""
+        return len(self.entries) if self.account is None else self.account.settled
+
+    def spent(self) -> Account:
+        """What the entries took."""
+        if self.account is not None:
+            return self.account
+        account = Account()
+        for request, entry in self.entries:
+            account.add(request, entry)
+        return account
+
+    def dump(self) -> str:
+        """Two lines of JSON, of texts from which nothing is missing: `Kept`, and what `load` reads."""
+        account = self.spent()
+        told = {
+            "cut": self.cut,
+            "unanswered": self.answers.count(""),
+            "refused": [(request.key, entry.asks) for request, entry in self.entries if entry.problem],
+            "account": [account.counts, sorted(account.models), account.rejected],
+        }
+        quadruplets: Any = self.quadruplets
+        if isinstance(quadruplets, list):
+            quadruplets = [[getattr(one, part) for part in _PARTS] for one in quadruplets]
+        answers = [_told(one) for one in self.answers]
+        texts = [_told(self.questions), answers, _told(self.summary), _told(quadruplets)]
+        return f"{json.dumps(told)}\n{json.dumps(texts, ensure_ascii=False)}"
+
+    @classmethod
+    def load(cls, kept: Kept, texts: str) -> Texts:
+        """The second line that `dump` wrote, with the first."""
+        questions, answers, summary, quadruplets = json.loads(texts)
+        return cls(
+            questions=_read(questions),
+            answers=[_read(one) for one in answers],
+            summary=_read(summary),
+            quadruplets=[VisualQuestion(**dict(zip(_PARTS, one, strict=True))) for one in quadruplets]
+            if isinstance(quadruplets, list)
+            else _read(quadruplets),
+            cut=kept.cut,
+            account=kept.account,
+        )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `Texts` rest on: enough for whoever does not need the texts themselves."""
+
+    cut: bool
+    unanswered: int
+    account: Account
+
+    @property
+    def found(self) -> int:
+        """Requests that are done with: answered, or refused for good."""
+        return self.account.settled
+
+    @classmethod
+    def load(cls, value: str, cache: RequestCache) -> Kept | None:
+        """The first line of `Texts.dump`; None where a reply that could not be used has been followed by another."""
+        told = json.loads(value)
+        for key, asks in told["refused"]:
+            refused = cache.refused(key)
+            if refused is None or refused.asks != asks:
+                return None
+        counts, models, rejected = told["account"]
+        return cls(told["cut"], told["unanswered"], Account(Counter(counts), set(models), Counter(rejected)))
+
+
+_PARTS = tuple(VisualQuestion.model_fields)
+
+
+def _told(text: Any) -> Any:
+    return {"refused": text.reason} if isinstance(text, Missing) else text
+
+
+def _read(text: Any) -> Any:
+    return Missing(text["refused"], final=True) if isinstance(text, dict) else text
+
+
+# What decides neither which requests there are nor how their answers are read.
+_REACHED_BY = {
+    "base_url", "api_key_env", "structured", "attempts", "backoff", "longest_wait", "timeout", "concurrency",
+    "requests_per_minute", "tokens_per_minute", "price_in", "price_out", "batch_api", "batch_requests", "batch_bytes",
+    "batch_poll", "prompts",
+}  # fmt: skip
+_MADE_BY_TEMPLATES = {"negatives", "by_picture", "links", "branches"}
+_ASKED_FOR = ("dialogue", "caption", "vqa")
+_CODE = (
+    "kore_fast.augmentation.language", "kore_fast.augmentation.prose", "kore_fast.augmentation.wordings",
+    "kore_fast.augmentation.chance", "kore_fast.data.items",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,12 +252,11 @@ class LanguageModelWriter(Asker[Item]):
         Raises:
             CannotWriteError: there is no usable summary.
         """
-        question = self._template.caption(item)
         summary = self._texts(item).summary
         if not isinstance(summary, str):
             raise CannotWriteError(summary.reason if summary else NOT_ASKED)
         answer = fill(generic.CAPTION_TELL, it=self._wordings.reference(item), prose=summary)
-        return Round(question.question, answer, question.search)
+        return Round(self._template.caption_question(item), answer, item.name)
 
     def vqa(self, item: Item) -> list[Round]:
         """The model's short questions; each searches for its subject with the hypernym.
@@ -171,20 +275,65 @@ class LanguageModelWriter(Asker[Item]):
 
     def _texts(self, item: Item) -> Texts:
         if self._last is None or self._last[0] is not item:
-            texts = self.texts(item)
+            basis = self._basis_of(item)
+            texts = self._kept(item, basis)
+            if texts is None:
+                texts = self.texts(item)
+                if not texts.missing and not texts.failed:
+                    self.cache.keep_derived("texts", item.id, basis, texts.dump())
             self._last = (item, texts)
             if item.id not in self._read:
                 self._read.add(item.id)
                 self._count_used(texts)
         return self._last[1]
 
+    @cached_property
+    def _basis(self) -> Basis:
+        # Of a plan's options those of augmentation: the others are other parts'.
+        own = set(AugmentationOptions.model_fields) - _MADE_BY_TEMPLATES
+        return Basis(
+            code_mark(*_CODE),
+            package_mark("json-repair"),
+            self.model.model_dump(mode="json", exclude=_REACHED_BY),
+            {task: self.prompts[task].model_dump(mode="json") for task in sorted(WRITER_TASKS)},
+            self.options.model_dump(mode="json", include=own),
+            [branch for branch in _ASKED_FOR if branch in self.options.branches],
+        )
+
+    def _basis_of(self, item: Item) -> str:
+        return self._basis.of(item.model_dump_json())
+
+    def _kept(self, item: Item, basis: str) -> Texts | None:
+        """What an earlier run read for the item, from the same answers."""
+        value = self.cache.derived("texts", item.id, basis)
+        if value is None:
+            return None
+        told, _, texts = value.partition("\n")
+        kept = Kept.load(told, self.cache)
+        return None if kept is None else Texts.load(kept, texts)
+
+    def recall(self, item: Item) -> str | None:
+        """A hash of all that the cache holds for an item, where an earlier run has read it and nothing has come since.
+
+        The item counts as read then, as for `summary`.
+        """
+        value = self.cache.derived("texts", item.id, self._basis_of(item))
+        if value is None:
+            return None
+        kept = Kept.load(value.partition("\n")[0], self.cache)
+        if kept is None:
+            return None
+        if item.id not in self._read:
+            self._read.add(item.id)
+            self._count_used(Texts(cut=kept.cut, unanswered=kept.unanswered, account=kept.account))
+        return hashlib.sha256(value.encode()).hexdigest()
+
     def _count_used(self, texts: Texts) -> None:
-        for request, entry in texts.entries:
-            self._used.add(request, entry)
+        self._used.take(texts.spent())
         counts = self._used.counts
         counts["items"] += 1
         counts["texts_cut"] += texts.cut
-        counts["questions_not_answered_by_the_text"] += texts.answers.count("")
+        counts["questions_not_answered_by_the_text"] += texts.unanswered or texts.answers.count("")
         counts["not_answered"] += len(texts.missing) + texts.failed
 
     def summary(self) -> dict[str, Any]:
@@ -245,6 +394,11 @@ class LanguageModelWriter(Asker[Item]):
 
     def look(self, unit: Item) -> Callable[[], Outstanding]:
         """The item's requests, and which of them are missing."""
+        value = self.cache.derived("texts", unit.id, self._basis_of(unit))
+        kept = None if value is None else Kept.load(value.partition("\n")[0], self.cache)
+        if kept is not None:
+            done = Outstanding([], kept.found)
+            return lambda: done
         asked = self.requests(unit)
 
         def outstanding() -> Outstanding:
@@ -264,10 +418,14 @@ class LanguageModelWriter(Asker[Item]):
         second_round = False
         for item in items:
             count += 1
+            kept = self._kept(item, self._basis_of(item))
+            if kept is not None:
+                cached += kept.found
+                continue
             asked = self.requests(item)
             texts = self.texts(item, asked, read=False)
             to_send = list(texts.missing)
-            cached += len(texts.entries)
+            cached += texts.found
             if isinstance(texts.questions, Missing) and any(one.task == "questions" for one in to_send):
                 # Questions of a common length stand for those not yet written.
                 foreseen = [f"{place} {'what is this ' * 4}?" for place in range(asked.question_count)]

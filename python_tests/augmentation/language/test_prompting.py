@@ -9,13 +9,13 @@ from kore_fast.augmentation.language.options import LanguageModelOptions
 from kore_fast.augmentation.language.prompting import (
     TASKS,
     built_in_prompts,
-    count_tokens,
     harmless,
     load_prompts,
     material,
     quote,
 )
 from kore_fast.data.items import Item
+from kore_fast.endpoint.tokens import count_tokens
 from kore_fast.errors import DataError
 
 EVIL = (

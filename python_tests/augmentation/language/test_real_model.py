@@ -104,7 +104,8 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
             server.kill()
             server.wait()
     made = augment(items(), options, writer=writer)
-    print(json.dumps({"totals": totals, "rejects": made.summary["rejects"], "summary": writer.summary()}, indent=1))
+    rejects = [reject.as_dict() for reject in made.rejects]
+    print(json.dumps({"totals": totals, "rejects": rejects, "summary": writer.summary()}, indent=1))
     for sample in made.samples:
         print(sample.branch, [turn.value for turn in sample.conversations])
     assert totals["items"] == 2
@@ -112,7 +113,7 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
     assert totals["requests"] == totals["answers"] + totals["asked_again"] + totals["unusable"]
     assert totals["answers"] > 0
     # Recognition is by template; every other branch of every item is there or left out with a reason.
-    left_out = {(one["item"], one["branch"]) for one in made.summary["rejects"]}
+    left_out = {(one.item, one.branch) for one in made.rejects}
     there = {(sample.item, sample.branch) for sample in made.samples}
     assert not left_out & there
     assert len(left_out | there) == 2 * 4

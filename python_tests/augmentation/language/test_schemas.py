@@ -11,13 +11,13 @@ from kore_fast.augmentation.language.schemas import (
     SpokenQuadruplets,
     Summary,
     UnusableError,
-    json_schema,
     usable_answer,
     usable_answers,
     usable_quadruplets,
     usable_questions,
     usable_summary,
 )
+from kore_fast.endpoint.forms import json_schema
 
 
 def quadruplet(**changes: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_200_requests_a_second_without_latency(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_10_000_items_come_from_the_cache_in_20_seconds(tmp_path: Path) -> None:
     """Preparing again and reading all texts; the answers are put into the cache without a server."""
-    from kore_fast.augmentation.language.cache import Reply
+    from kore_fast.endpoint.cache import Reply
     from python_tests.augmentation.language.server import good_answer
 
     many = items(10_000)

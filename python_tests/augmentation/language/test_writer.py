@@ -48,7 +48,7 @@ def options(server: Server, **changes: Any) -> LanguageModelOptions:
 
 def texts(writer: LanguageModelWriter, many: list[Item]) -> str:
     made = augment(many, writer.options, writer=writer)
-    return json.dumps([[sample.to_record() for sample in made.samples], made.summary["rejects"]])
+    return json.dumps([[sample.to_record() for sample in made.samples], [reject.as_dict() for reject in made.rejects]])
 
 
 def written(folder: Path, script: Script | None = None, count: int = 4, **changes: Any) -> dict[str, Any]:

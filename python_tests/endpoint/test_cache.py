@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kore_fast.augmentation.language.cache import Entry, Reply, RequestCache, request_key, request_rest
+from kore_fast.endpoint.cache import Entry, Reply, RequestCache, request_key, request_rest
 from kore_fast.errors import DataError
 
 

@@ -1,8 +1,9 @@
 """The request cache: what a model answered, by all that decides an answer; one SQLite file.
 
 Each answer is one transaction, so a killed process leaves whole answers only. Several processes of one machine may
-share a file. ``sqlite3 requests.sqlite 'select * from answers'`` shows it, and `RequestCache.export` writes it as JSON
-lines. Nothing in it tells of time.
+share a file. What was worked out from answers and items is kept beside them, to be had again without the work; it may
+be deleted at any time. ``sqlite3 requests.sqlite 'select * from answers'`` shows the answers, and `RequestCache.export`
+writes them as JSON lines. Nothing in it tells of time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
@@ -33,7 +35,18 @@ create table if not exists delivered (
     key text primary key, model text not null, answer text not null, finish text not null,
     prompt_tokens integer not null, completion_tokens integer not null
 );
+create table if not exists derived (
+    kind text not null, item text not null, basis text not null, value text not null, primary key (kind, item)
+);
+create trigger if not exists answer_deleted after delete on answers begin
+    delete from derived where kind = 'texts';
+end;
+create trigger if not exists answer_changed after update on answers begin
+    delete from derived where kind = 'texts';
+end;
 """
+_PENDING = 200
+"""Derived values written in one transaction: each alone would take longer than what it saves."""
 _FORMAT = 1
 
 
@@ -96,7 +109,8 @@ class RequestCache:
             self._base = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             self._base.execute("pragma journal_mode = wal")
             self._base.execute("pragma synchronous = normal")
-            self._base.execute("pragma cache_size = -65536")
+            self._base.execute("pragma cache_size = -16384")
+            self._pending: dict[tuple[str, str], tuple[str, str]] = {}
             version = self._base.execute("pragma user_version").fetchone()[0]
             if version not in (0, _FORMAT):
                 raise DataError(
@@ -118,7 +132,10 @@ class RequestCache:
 
     def close(self) -> None:
         """Close the file; the answers are in it."""
-        self._base.close()
+        try:
+            self._write_pending()
+        finally:
+            self._base.close()
 
     def answer(self, key: str) -> Entry | None:
         """The answer to a request."""
@@ -192,7 +209,43 @@ class RequestCache:
 
     def discard(self, key: str) -> None:
         """Forget an answer that is no longer usable."""
+        self._pending.clear()
         self._run("delete from answers where key = ?", (key,))
+
+    def derived(self, kind: str, item: str, basis: str) -> str | None:
+        """What was worked out for an item, on the same basis; see `keep_derived`."""
+        row = (
+            self._pending.get((kind, item))
+            or self._base.execute(
+                "select basis, value from derived where kind = ? and item = ?", (kind, item)
+            ).fetchone()
+        )
+        return None if row is None or row[0] != basis else str(row[1])
+
+    def keep_derived(self, kind: str, item: str, basis: str, value: str) -> None:
+        """Keep what was worked out for an item, in place of what was kept before.
+
+        ``basis`` tells all that it depends on, the code included, so that nothing old is ever taken for new. What is
+        of the kind ``texts`` may depend on answers too: it is forgotten when one is deleted or changed, even by hand.
+        It reaches the disk with what follows, or when the file is closed.
+        """
+        self._pending[kind, item] = (basis, value)
+        if len(self._pending) >= _PENDING:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        if not self._pending:
+            return
+        rows = [(*which, *kept) for which, kept in self._pending.items()]
+        self._pending.clear()
+        self._run("begin immediate")
+        try:
+            self._run_many("insert or replace into derived values (?, ?, ?, ?)", rows)
+            self._run("commit")
+        except BaseException:
+            if self._base.in_transaction:
+                self._base.execute("rollback")
+            raise
 
     def deliver(self, key: str, reply: Reply) -> None:
         """Keep a reply that nobody has looked at (from a batch)."""
@@ -239,8 +292,17 @@ class RequestCache:
         return int(self._base.execute("select count(*) from answers").fetchone()[0])
 
     def _run(self, statement: str, values: Any = ()) -> None:
-        try:
+        with self._telling():
             self._base.execute(statement, values)
+
+    def _run_many(self, statement: str, rows: Any) -> None:
+        with self._telling():
+            self._base.executemany(statement, rows)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as error:
             raise DataError(
                 f"{self.path}: could not be written ({error}); free some space, then give the same command again: "

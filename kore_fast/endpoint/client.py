@@ -12,7 +12,7 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from functools import cache
 from types import TracebackType
@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from kore_fast.augmentation.language.cache import Reply
-from kore_fast.augmentation.language.options import LanguageModelOptions, Structured
-from kore_fast.augmentation.language.pace import Pace
-from kore_fast.augmentation.language.prompting import count_tokens
-from kore_fast.augmentation.language.repair import needed
-from kore_fast.augmentation.language.schemas import json_schema
-from kore_fast.augmentation.language.totals import Totals
+from kore_fast.endpoint.cache import Reply
+from kore_fast.endpoint.forms import json_schema
+from kore_fast.endpoint.options import EndpointOptions, Structured
+from kore_fast.endpoint.pace import Pace
+from kore_fast.endpoint.packages import needed
+from kore_fast.endpoint.tokens import count_message_tokens, count_tokens
+from kore_fast.endpoint.totals import Totals
 from kore_fast.errors import LanguageModelError
 
 LARGEST_BODY = 4 << 20
@@ -61,7 +61,7 @@ class Secret:
         return text.replace(self._value, "[key]") if len(self._value) >= 8 else text
 
 
-def read_key(options: LanguageModelOptions) -> Secret:
+def read_key(options: EndpointOptions) -> Secret:
     """The key from the environment.
 
     Raises:
@@ -72,9 +72,10 @@ def read_key(options: LanguageModelOptions) -> Secret:
         return Secret("none")
     value = os.environ.get(variable, "").strip()
     if not value:
+        other = "leave 'api_key_env' out" if options.base_url else "set 'base_url'"
         raise LanguageModelError(
-            f"the environment variable {variable} is not set; put the API key in it, "
-            "or set 'base_url' for a server that needs none"
+            f"the environment variable {variable} is not set; put the API key in it, or {other} for a server that "
+            "needs none"
         )
     if not value.isascii() or not value.isprintable() or " " in value:
         raise LanguageModelError(
@@ -104,7 +105,7 @@ class _Hidden(logging.Filter):
 class Connection:
     """Sends requests to one model, a bounded number at a time and a minute; use as ``async with``."""
 
-    def __init__(self, options: LanguageModelOptions, totals: Totals) -> None:
+    def __init__(self, options: EndpointOptions, totals: Totals) -> None:
         self.options, self.totals = options, totals
         self.key = read_key(options)
         self.openai = needed("openai")
@@ -158,29 +159,31 @@ class Connection:
         parts = urlsplit(str(self._client.base_url))
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
 
-    def body(self, messages: list[dict[str, str]], form: type[BaseModel]) -> dict[str, Any]:
-        """What is sent for one request."""
+    def body(self, messages: Sequence[Mapping[str, Any]], form: type[BaseModel] | None) -> dict[str, Any]:
+        """What is sent for one request; without a form the answer is free text."""
         options = self.options
         whole: dict[str, Any] = {"model": options.model, "messages": messages, self._limit_key: options.max_tokens}
         if options.temperature is not None:
             whole["temperature"] = options.temperature
         if options.seed is not None:
             whole["seed"] = options.seed
-        if self._structured == "schema":
+        if form is not None and self._structured == "schema":
             form_schema = {"name": form.__name__, "schema": json_schema(form), "strict": True}
             whole["response_format"] = {"type": "json_schema", "json_schema": form_schema}
-        elif self._structured == "json_object":
+        elif form is not None and self._structured == "json_object":
             whole["response_format"] = {"type": "json_object"}
         return {**whole, **options.extra_body}
 
-    async def send(self, messages: list[dict[str, str]], form: type[BaseModel], expected_tokens: int) -> Reply:
+    async def send(
+        self, messages: Sequence[Mapping[str, Any]], form: type[BaseModel] | None, expected_tokens: int
+    ) -> Reply:
         """Send one request, again while the server fails and the options allow it.
 
         Raises:
             RequestFailedError: no answer to this request.
             LanguageModelError: no answer to any.
         """
-        prompt_tokens = sum(count_tokens(message["content"]) + 4 for message in messages)
+        prompt_tokens = count_message_tokens(messages)
         foreseen = prompt_tokens + expected_tokens
         failures = busy = 0
         while True:
@@ -305,9 +308,10 @@ class Connection:
     def _gave_up(self, reason: str) -> NoReturn:
         self._given_up += 1
         if self._given_up >= FAILURES_IN_A_ROW:
+            check = "" if self.totals.answers else "check 'base_url' and that the server runs; "
             raise LanguageModelError(
-                f"{self.place}: {self._given_up} requests in a row failed, the last because {reason}; the same command "
-                "goes on from here: all answers so far are kept"
+                f"{self.place}: {self._given_up} requests in a row failed, the last because {reason}; {check}the same "
+                "command goes on from here: all answers so far are kept"
             ) from None
         raise RequestFailedError(reason) from None
 

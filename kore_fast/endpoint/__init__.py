@@ -1,0 +1,1 @@
+"""Models behind an OpenAI-compatible server: how they are asked, how fast, and what they answered and cost."""

@@ -1,0 +1,204 @@
+"""The model in memory as lmms-eval wants it; needs lmms-eval."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from PIL import Image
+from torch import nn
+
+from kore_fast.data.conversations import ANSWER, IMAGE, Encoded, by_length, collate, encode, tokenizer_of
+from kore_fast.evaluation.generation import generate_answers
+from kore_fast.evaluation.lmms.prompts import pictures_first
+from kore_fast.progress import Progress, silent
+
+# Answers are written down after so many batches.
+_BATCHES_AT_ONCE = 16
+
+
+class ModelInMemory(lmms):
+    """A model and its processor, PEFT adapter and all, behind lmms-eval's interface.
+
+    Answers are greedy whatever a task asks for, in batches of like length, and written to ``journal`` as they come, so
+    that an interrupted benchmark goes on where it stopped. No answer gets longer than ``max_new_tokens``.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        journal: Path,
+        max_new_tokens: int = 1024,
+        batch_size: int = 32,
+        bf16: bool = False,
+        progress: Progress = silent,
+        label: str = "answer",
+    ) -> None:
+        super().__init__()
+        self.accelerator = None  # lmms-eval would make one
+        self._network, self._processor = model, processor
+        self._journal, self._most_tokens = journal, max_new_tokens
+        self._batch_size, self._bf16, self._progress, self._label = batch_size, bf16, progress, label
+        self._known: dict[str, Any] = {}
+        if journal.exists():
+            for line in journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    self._known[row["request"]] = row["answer"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # the line that a killed process was writing
+
+    def clean(self) -> None:
+        """lmms-eval drops the model before it scores; it is the caller's, and stays."""
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        answers: list[str] = [""] * len(requests)
+        waiting: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
+        names = [_name(request) for request in requests]
+        for number, request in enumerate(requests):
+            if names[number] in self._known:
+                answers[number] = str(self._known[names[number]])
+            else:
+                waiting[self._limits(request.args[1])].append(number)
+        for (most_tokens, stops), numbers in waiting.items():
+            size = self._batch_size * _BATCHES_AT_ONCE
+            for start in range(0, len(numbers), size):
+                chosen = numbers[start : start + size]
+                encoded = [self._question(requests[number]) for number in chosen]
+                for number, text in zip(chosen, self._generate(encoded, most_tokens), strict=True):
+                    answers[number] = _cut(text, stops)
+                self._write({names[number]: answers[number] for number in chosen})
+        return answers
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
+        """Each round's answers go back to the task, which gives the next round's text, pictures or its end.
+
+        A round's text may be a conversation so far, as (role, text) turns.
+        """
+        results: list[list[str]] = [[] for _ in requests]
+        names = [_name(request) for request in requests]
+        limits = [self._limits(request.args[1]) for request in requests]
+        done = [number for number, name in enumerate(names) if name in self._known]
+        for number in done:
+            results[number] = [str(answer) for answer in self._known[names[number]]]
+        running = [number for number in range(len(requests)) if number not in set(done)]
+        asked = {number: (requests[number].args[0], self._visuals(requests[number], 2)) for number in running}
+        told: dict[int, Any] = {}
+        turn = 0
+        while running:
+            grouped: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
+            for number in running:
+                grouped[limits[number]].append(number)
+            for (most_tokens, stops), numbers in grouped.items():
+                encoded = [self._conversation(*asked[number]) for number in numbers]
+                for number, text in zip(numbers, self._generate(encoded, most_tokens), strict=True):
+                    results[number].append(_cut(text, stops))
+            turn += 1
+            going_on = []
+            for number in running:
+                _, _, _, doc_to_text, doc_id, task, split = requests[number].args
+                visuals, text, ended, outputs, told[number] = doc_to_text(
+                    self.task_dict[task][split][doc_id],
+                    previous_output=list(results[number]),
+                    round_idx=turn,
+                    previous_round_info=told.get(number),
+                )
+                if ended:
+                    results[number] = list(outputs)
+                    self._write({names[number]: results[number]})
+                else:
+                    asked[number] = (text, list(visuals))
+                    going_on.append(number)
+            running = going_on
+        return results
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether greedy decoding gives it) of each continuation after its question."""
+        tokenizer = tokenizer_of(self._processor)
+        encoded, counts = [], []
+        for request in requests:
+            text, continuation, _, doc_id, task, split = request.args
+            if callable(continuation):
+                continuation = continuation(self.task_dict[task][split][doc_id])
+            visuals = self._visuals(request, 2)
+            turns = [("user", pictures_first(text, len(visuals))), ("assistant", str(continuation))]
+            encoded.append(encode(self._processor, turns, visuals))
+            counts.append(len(tokenizer(str(continuation), add_special_tokens=False)["input_ids"]))
+        device = next(self._network.parameters()).device
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for plain in (False, True):
+            group = [i for i, e in enumerate(encoded) if (e.pixel_values is None) == plain]
+            for batch in by_length([len(encoded[i]) for i in group], self._batch_size):
+                rows = [group[i] for i in batch]
+                inputs = collate([encoded[i] for i in rows], tokenizer.pad_token_id)
+                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+                    logits = self._network(**inputs).logits
+                for row, i in enumerate(rows):
+                    places = (encoded[i].kinds == ANSWER).nonzero().flatten()[: counts[i]].to(device)
+                    log_p = logits[row, places - 1].float().log_softmax(-1)
+                    tokens = inputs["input_ids"][row, places]
+                    chosen = log_p.gather(-1, tokens[:, None]).squeeze(-1)
+                    results[i] = float(chosen.sum()), bool((log_p.argmax(-1) == tokens).all())
+        return results
+
+    def _limits(self, asked: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+        until = asked.get("until") or ()
+        stops = (until,) if isinstance(until, str) else tuple(until)
+        return min(int(asked.get("max_new_tokens", self._most_tokens)), self._most_tokens), stops
+
+    def _visuals(self, request: Any, place: int) -> list[Image.Image]:
+        doc_to_visual, (doc_id, task, split) = request.args[place], request.args[-3:]
+        return [] if doc_to_visual is None else list(doc_to_visual(self.task_dict[task][split][doc_id]) or [])
+
+    def _question(self, request: Any) -> Encoded:
+        visuals = self._visuals(request, 2)
+        turns = [("user", pictures_first(request.args[0], len(visuals)))]
+        return encode(self._processor, turns, visuals, answer_follows=True)
+
+    def _conversation(self, text: str | Sequence[tuple[str, str]], visuals: Sequence[Image.Image]) -> Encoded:
+        """With the pictures at their marks; before everything where their number is not that of the marks."""
+        turns = [("user", text)] if isinstance(text, str) else list(text)
+        if sum(said.count(IMAGE) for _, said in turns) != len(visuals):
+            turns = [(role, pictures_first(said, 0 if i else len(visuals))) for i, (role, said) in enumerate(turns)]
+        return encode(self._processor, turns, visuals, answer_follows=True)
+
+    def _generate(self, encoded: list[Encoded], most_tokens: int) -> list[str]:
+        return generate_answers(
+            self._network,
+            self._processor,
+            encoded,
+            max_new_tokens=most_tokens,
+            batch_size=self._batch_size,
+            bf16=self._bf16,
+            progress=self._progress,
+            label=self._label,
+        )
+
+    def _write(self, answers: dict[str, Any]) -> None:
+        self._journal.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._journal, "a", encoding="utf-8") as file:
+            for name, answer in answers.items():
+                file.write(json.dumps({"request": name, "answer": answer}, ensure_ascii=False) + "\n")
+
+
+def _name(request: Any) -> str:
+    doc_id, task, split = request.args[-3:]
+    asked = json.dumps([task, split, doc_id, request.args[0]], ensure_ascii=False)
+    return f"{doc_id}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text.strip()

@@ -1,0 +1,279 @@
+"""Retention measured: benchmark after benchmark on one model, every answer kept, continued where it stopped."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kore_fast.errors import DataError, KoreError
+from kore_fast.evaluation.lmms.benchmarks import BENCHMARKS, RETENTION, Benchmark
+from kore_fast.evaluation.lmms.harness import NoDataError, Outcome, installed_version, remove, run_task
+from kore_fast.evaluation.lmms.judge import Judge, judging
+from kore_fast.evaluation.lmms.local_data import as_parquet, fingerprint, local_files
+from kore_fast.files import read_json, write_json, write_jsonl
+from kore_fast.progress import Progress, silent
+
+NO_JUDGE = "no judge: it needs one, name an OpenAI-compatible endpoint"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One benchmark's result; either points or why there are none."""
+
+    benchmark: str
+    points: float | None = None
+    """0 to 100."""
+    missing: str | None = None
+    metrics: dict[str, float | None] | None = None
+    """All figures as the harness reports them, in its own units."""
+    questions: int | None = None
+    judge: dict[str, Any] | None = None
+    """Its model, how many answers it gave, and how many of them could not be read."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The results of one model."""
+
+    harness: str
+    """With its version: scores of another one are no match."""
+    scores: tuple[Score, ...]
+    limit: int | None = None
+
+    @property
+    def measured(self) -> tuple[Score, ...]:
+        """Those of the 12 that have points."""
+        names = {benchmark.name for benchmark in RETENTION}
+        return tuple(score for score in self.scores if score.benchmark in names and score.points is not None)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.measured) == len(RETENTION)
+
+    @property
+    def mean(self) -> float | None:
+        """The plain mean of what was measured of the 12; K.R only where `complete`."""
+        points = [score.points for score in self.measured if score.points is not None]
+        return sum(points) / len(points) if points else None
+
+    @property
+    def label(self) -> str:
+        """What `mean` is."""
+        name = "K.R" if self.complete else f"mean of {len(self.measured)} of {len(RETENTION)}"
+        return name if self.limit is None else f"{name}, first {self.limit} questions of each"
+
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "harness": self.harness,
+            "limit": self.limit,
+            "mean": self.mean,
+            "label": self.label,
+            "complete": self.complete,
+            "scores": [asdict(score) for score in self.scores],
+        }
+
+    def table(self) -> str:
+        """As Markdown."""
+        lines = [f"| benchmark | points ({self.harness}) |", "|---|---|"]
+        for score in self.scores:
+            shown = f"missing: {score.missing}" if score.points is None else f"{score.points:.2f}"
+            lines.append(f"| {BENCHMARKS[score.benchmark].title} | {shown} |")
+        lines.append(f"| {self.label} | {'' if self.mean is None else f'{self.mean:.2f}'} |")
+        return "\n".join(lines) + "\n"
+
+
+def choose(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
+    """The benchmarks of these names, by default the 12.
+
+    Raises:
+        DataError: a name that is none, or twice.
+    """
+    if names is None:
+        return RETENTION
+    unknown = sorted(set(names) - set(BENCHMARKS))
+    if unknown or len(set(names)) != len(names):
+        what = f"no benchmark is called {', '.join(unknown)}" if unknown else "a benchmark is named twice"
+        raise DataError(f"retention: {what}; there are {', '.join(BENCHMARKS)}")
+    return tuple(BENCHMARKS[name] for name in names)
+
+
+def evaluate_retention(
+    model: nn.Module,
+    processor: Any,
+    benchmarks: Sequence[str] | None = None,
+    *,
+    folder: str | Path,
+    data: str | Path | None = None,
+    hub: bool = True,
+    judge: Judge | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 1024,
+    batch_size: int = 32,
+    bf16: bool = False,
+    progress: Progress = silent,
+) -> Retention:
+    """Measure a model in memory with lmms-eval's tasks and our own; an adapter stays as it is, nothing is merged.
+
+    Below ``folder`` each benchmark has a folder with ``predictions.jsonl`` (every question with its answer and scores)
+    and ``result.json``, written last: a second call measures only what has none, and an interrupted benchmark goes on
+    after its last written answers. Whoever changes the model chooses another folder.
+
+    Absolute scores differ between harnesses, their versions, their wordings and judges: compare only what was measured
+    alike. Answers are greedy, whatever a task asks for.
+
+    Args:
+        model: a vision-language model, with a PEFT adapter or without.
+        benchmarks: names from `BENCHMARKS`, by default the paper's 12.
+        data: a folder with one folder of files a benchmark (see `local_data`); what is not there comes from the hub.
+        hub: fetch from the Hugging Face hub what is not in ``data``; OCRVQA, MMDU and EVOKE are never fetched.
+        judge: for MIA-Bench, MMDU, MathVista and HallusionBench, which are missing without one.
+        limit: only the first so many questions of each; a score of that is no benchmark's score. MME needs an even one.
+        max_new_tokens: no answer gets longer; some tasks ask for 16384, which no model of 4096 positions can give.
+
+    Returns:
+        One `Score` a benchmark, in the order asked for. Missing ones say why; they are not zero.
+
+    Raises:
+        DataError: lmms-eval is not there; a finished benchmark in ``folder`` was measured with other settings; local
+            data that cannot be read; a judge's key that is not set; several processes.
+    """
+    chosen = choose(benchmarks)
+    harness = f"lmms-eval {installed_version()}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DataError("retention is measured in one process: start it without torchrun or accelerate launch")
+    if judge is not None:
+        judge.key()
+    folder = Path(folder).resolve()
+    data = None if data is None else Path(data).resolve()
+    if data is not None and not data.is_dir():
+        raise DataError(f"{data}: no such folder; it should hold one folder a benchmark: {', '.join(BENCHMARKS)}")
+    training = model.training
+    model.eval()
+    scores = []
+    try:
+        for benchmark in chosen:
+            settings: dict[str, Any] = {
+                "harness": harness,
+                "task": benchmark.task,
+                "limit": limit,
+                "max_new_tokens": max_new_tokens,
+            }
+            if benchmark.judged:
+                settings["judge"] = None if judge is None else judge.model
+            place = folder / benchmark.name
+            files = [] if data is None else local_files(benchmark, data)
+            settings["data"] = fingerprint(files) if files else "hub"
+            kept = _finished(place / "result.json", settings)
+            if kept is None:
+                scores.append(
+                    _measure(
+                        benchmark,
+                        model,
+                        processor,
+                        place,
+                        files,
+                        settings,
+                        hub=hub,
+                        judge=judge,
+                        batch_size=batch_size,
+                        bf16=bf16,
+                        progress=progress,
+                    )
+                )
+            else:
+                scores.append(kept)
+    finally:
+        model.train(training)
+    result = Retention(harness, tuple(scores), limit)
+    write_json(folder / "retention.json", result.row())
+    return result
+
+
+def _finished(path: Path, settings: dict[str, Any]) -> Score | None:
+    if not path.exists():
+        return None
+    kept = read_json(path)
+    if kept["settings"] != settings:
+        changed = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
+        raise DataError(
+            f"{path}: measured with other settings ({', '.join(changed)}); choose another folder, or remove this one"
+        )
+    return Score(**kept["score"])
+
+
+def _measure(
+    benchmark: Benchmark,
+    model: nn.Module,
+    processor: Any,
+    place: Path,
+    files: list[Path],
+    settings: dict[str, Any],
+    *,
+    hub: bool,
+    judge: Judge | None,
+    batch_size: int,
+    bf16: bool,
+    progress: Progress,
+) -> Score:
+    if benchmark.judged and judge is None:
+        return Score(benchmark.name, missing=NO_JUDGE)
+    if not files and (benchmark.own or not hub):
+        wanted = benchmark.data or "the files of its data set on the hub"
+        return Score(benchmark.name, missing=f"no local data: put {wanted} into DATA/{benchmark.name}")
+    from kore_fast.evaluation.lmms.model import ModelInMemory
+
+    place.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".work-", dir=place))
+
+    def make_model() -> Any:
+        return ModelInMemory(
+            model,
+            processor,
+            journal=place / "answers.jsonl",
+            max_new_tokens=settings["max_new_tokens"],
+            batch_size=batch_size,
+            bf16=bf16,
+            progress=progress,
+            label=benchmark.title,
+        )
+
+    def run() -> Outcome:
+        parquet = as_parquet(benchmark, files, work / "data") if files else None
+        return run_task(benchmark, make_model, parquet, settings["limit"], work)
+
+    told: dict[str, Any] | None = None
+    try:
+        if benchmark.judged and judge is not None:
+            with judging(judge, benchmark.readable, place / "judge.jsonl") as record:
+                outcome = run()
+            if record.problem is not None:
+                return Score(benchmark.name, missing=record.problem)
+            told = {"model": judge.model, "answers": record.asked, "unreadable": record.unreadable}
+        else:
+            outcome = run()
+    except NoDataError as error:
+        return Score(benchmark.name, missing=str(error))
+    except KoreError:
+        raise
+    except AssertionError as error:
+        raise DataError(f"{benchmark.title}: lmms-eval refuses the data or an answer: {error}") from error
+    finally:
+        remove(work)
+    score = Score(
+        benchmark.name,
+        points=benchmark.points(outcome.metrics),
+        metrics=outcome.metrics,
+        questions=len(outcome.samples),
+        judge=told,
+    )
+    write_jsonl(place / "predictions.jsonl", outcome.samples)
+    write_json(place / "result.json", {"settings": settings, "score": asdict(score)})
+    (place / "answers.jsonl").unlink(missing_ok=True)
+    return score
