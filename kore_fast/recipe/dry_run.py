@@ -7,7 +7,7 @@ estimates from these counts and are marked so; nothing here was measured.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,9 @@ def dry_run(recipe: Recipe, gpus: tuple[int, ...] = (1, 8, 16)) -> DryRun:
         found.sections.append(("Covariance", list(_covariance_rows(recipe, shape, tokens, found))))
     found.sections.append(("Disk", list(_disk_rows(recipe, shape, found))))
     for name, method in recipe.methods.items():
-        rows = list(_memory_rows(recipe, shape, method, found.trained[name], tokens, gpus))
+        rows = list(
+            _memory_rows(recipe, shape.of_method(recipe, model, method), method, found.trained[name], tokens, gpus)
+        )
         found.sections.append((f"Memory per GPU while {name} trains (estimate, not measured)", rows))
     if found.steps:
         rows = list(_time_rows(recipe, shape, tokens, found, gpus))
@@ -143,6 +145,12 @@ class _Shape:
             vocabulary=int(text.vocab_size),
             image_tokens=_image_tokens(recipe, config),
             projector=sum(p.numel() for n, p in model.named_parameters() if f".{recipe.model.projector}." in f".{n}"),
+        )
+
+    def of_method(self, recipe: Recipe, model: nn.Module, method: Method) -> _Shape:
+        """The same with the layers that a method adapts."""
+        return replace(
+            self, layers={n: self.layers[n] for n in select_linears(model, recipe.targets_of(model, method))}
         )
 
 
@@ -218,7 +226,7 @@ def _trained_rows(
 ) -> Iterator[tuple[str, str]]:
     training = recipe.training
     for name, method in recipe.methods.items():
-        adapter, how = _adapter_parameters(method, shape)
+        adapter, how = _adapter_parameters(method, shape.of_method(recipe, model, method))
         beside = shape.projector if method.projector_learning_rate is not None else 0
         found.trained_adapter[name], found.trained[name] = adapter, adapter + beside
         also = f" + {_millions(beside)} projector = {_millions(adapter + beside)}" if beside else ""
@@ -244,13 +252,16 @@ def _trained_rows(
 
 def _adapter_parameters(method: Method, shape: _Shape) -> tuple[int, str]:
     if method.rank is None:
-        return sum(d_out * d_in for d_out, d_in in shape.layers.values()), "every weight of the layers"
+        most = "at most " if method.kind == "osf" else ""
+        return sum(d_out * d_in for d_out, d_in in shape.layers.values()), f"{most}every weight of the layers"
     choice = parse_rank_choice(method.rank)
     if not isinstance(choice, FixedRank):
         wanted = getattr(choice, "parameters", None)
         if wanted is not None:
             return int(wanted), "at most: a budget"
         return sum(choice.lowest * d_out for d_out, _ in shape.layers.values()), "at least: a rank by spectrum"
+    if method.kind == "mica":
+        return sum(choice.rank * d_in for _, d_in in shape.layers.values()), f"A at rank {choice.rank}, B frozen"
     if method.frozen_a:
         return sum(choice.rank * d_out for d_out, _ in shape.layers.values()), f"B at rank {choice.rank}, A frozen"
     return sum(choice.rank * sum(one) for one in shape.layers.values()), f"A and B at rank {choice.rank}"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kore_fast.data.samples import Sample
+from kore_fast.errors import RecipeError
 from kore_fast.recipe.schema import Method, Recipe
 
 
@@ -28,10 +30,30 @@ def samples_file(recipe: Recipe, run: Path, method: Method) -> Path:
     return run / "augment" / "samples.json" if recipe.samples is None else recipe.resolve(recipe.samples.file)
 
 
-def targets_key(recipe: Recipe) -> Any:
+def chosen_samples(method: Method, data: Path, root: Path) -> list[Sample]:
+    """The samples of the file that a method trains on.
+
+    Raises:
+        RecipeError: it wants branches of which there are none.
+    """
+    from kore_fast.data.samples import read_samples
+
+    samples = read_samples(data, root)
+    if method.branches is None:
+        return samples
+    chosen = [sample for sample in samples if sample.branch in method.branches]
+    if not chosen:
+        there = sorted({sample.branch for sample in samples if sample.branch is not None})
+        raise RecipeError(
+            f"{data}: no sample of {', '.join(method.branches)}; there are {', '.join(there) or 'none with a branch'}"
+        )
+    return chosen
+
+
+def targets_key(recipe: Recipe, method: Method | None = None) -> Any:
     """What decides the adapted layers, for a fingerprint."""
-    choice = recipe.covariance.layers if recipe.covariance else None
-    return recipe.targets if choice is None else [recipe.targets, choice.model_dump(mode="json")]
+    choices = [choice.model_dump(mode="json") for choice in recipe.layer_choices(method) if choice is not None]
+    return [recipe.targets, *choices] if choices else recipe.targets
 
 
 def base_model(recipe: Recipe, *, accelerated: bool = True) -> nn.Module:

@@ -24,7 +24,7 @@ def start_options(recipe: Recipe, method: Method, model: nn.Module, covariances:
     from kore_fast.constraint.selection import select_linears, target_pattern
     from kore_fast.training.methods.interface import StartOptions
 
-    layers = select_linears(model, recipe.targets_of(model))
+    layers = select_linears(model, recipe.targets_of(model, method))
     covariance: Callable[[str], torch.Tensor] | None = None
     input_of: Callable[[str], str] = str
     if covariances is not None and method.way.uses_covariance:
@@ -58,7 +58,7 @@ def _covariance(
             f"{folder}: the covariances are another model's; collect them again with `kore-fast covariance`"
         )
     if method.kind != "lora_null" or method.null_covariance == "store":
-        return (lambda layer: store.covariance(layer, recipe.source_weights)), store.group_of
+        return (lambda layer: store.covariance(layer, recipe.source_weights(method))), store.group_of
     from kore_fast.data.conversations import collate, tokenizer_of
     from kore_fast.recipe.calibration import old_samples
     from kore_fast.training.methods.residual import released_covariances
@@ -87,7 +87,7 @@ def fisher(
         chosen = sample(old, method.ewc.samples, recipe.seed)
         batches = (collate([encoded], pad, labels=True) for encoded in chosen)
         folder.mkdir(parents=True, exist_ok=True)
-        save_fisher(path, diagonal_fisher(model, select_linears(model, recipe.targets_of(model)), batches))
+        save_fisher(path, diagonal_fisher(model, select_linears(model, recipe.targets_of(model, method)), batches))
     return load_fisher(path)
 
 

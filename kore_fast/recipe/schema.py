@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from torch import nn
 
-from kore_fast.augmentation.options import AugmentationOptions
+from kore_fast.augmentation.options import AugmentationOptions, Branch
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.errors import ConstraintError, RecipeError
 from kore_fast.recipe.study import BASE, expand
@@ -139,7 +139,7 @@ class LayerChoice(Section):
     """Which of the layers are constrained and adapted; what is left out stays as it is."""
 
     depth: Literal["all", "first third", "middle third", "last third"] = "all"
-    """Of the decoder's blocks; of 32, the thirds are blocks 0-10, 11-21 and 22-31."""
+    """Of the decoder's blocks; of 32, the thirds are blocks 0-9, 10-20 and 21-31."""
     part: Literal["all", "attention", "mlp"] = "all"
     """Of a block."""
 
@@ -198,6 +198,13 @@ class Method(Section):
     lwf: LwfSection | None = None
     samples: Literal["augmented", "knowledge"] = "augmented"
     """``knowledge``: the items' raw text, one question each, without augmentation."""
+    branches: Annotated[list[Branch], Field(min_length=1)] | None = None
+    """Of the augmented samples, those of these branches only; default all."""
+    layers: LayerChoice | None = None
+    """Which of the recipe's layers are adapted; default all."""
+    source_weights: dict[str, Annotated[Number, Field(ge=0)]] | None = None
+    """Weights of the covariance's sources for this method's start, those not named weigh nothing; default the
+    sources' own."""
     lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     projector_learning_rate: Positive | None = None
@@ -242,6 +249,10 @@ class Method(Section):
             if getattr(self, name) != type(self).model_fields[name].default:
                 reason = _REASONS.get((self.kind, name), "")
                 raise ValueError(f"{name!r} means nothing for {way.title}{reason}; leave it out")
+        if self.branches is not None and self.samples == "knowledge":
+            raise ValueError("'branches' are of augmented samples; raw knowledge has none")
+        if self.source_weights is not None and not way.uses_covariance:
+            raise ValueError(f"'source_weights' means nothing for {way.title}, whose start uses no covariance")
         if isinstance(self.rank, dict) and self.kind != "kore":
             raise ValueError(f"a rank by spectrum is KORE's; {way.title} takes a number")
         return self
@@ -440,20 +451,28 @@ class Recipe(Section):
         """The layers that are constrained or adapted, before ``covariance.layers`` chooses; see `select_linears`."""
         return self.covariance.target_modules if self.covariance else None
 
-    def targets_of(self, model: nn.Module) -> str | list[str] | None:
-        """`targets`; where ``covariance.layers`` chooses among them, their names in this model."""
+    def targets_of(self, model: nn.Module, method: Method | None = None) -> str | list[str] | None:
+        """`targets`; where ``covariance.layers`` or the method's choose among them, their names in this model."""
         from kore_fast.constraint.selection import narrow, select_linears
 
-        choice = self.covariance.layers if self.covariance else None
-        if choice is None:
+        choices = [choice for choice in self.layer_choices(method) if choice is not None]
+        if not choices:
             return self.targets
-        return narrow(select_linears(model, self.targets), choice.depth, choice.part)
+        every = select_linears(model, self.targets)
+        # Each by the whole model's blocks.
+        kept = [set(narrow(every, choice.depth, choice.part)) for choice in choices]
+        return [name for name in every if all(name in names for names in kept)]
 
-    @property
-    def source_weights(self) -> dict[str, float] | None:
-        """Weight of each source in the covariance."""
+    def layer_choices(self, method: Method | None = None) -> list[LayerChoice | None]:
+        """What narrows the targets: the covariance's choice, then the method's."""
+        return [self.covariance.layers if self.covariance else None, method.layers if method else None]
+
+    def source_weights(self, method: Method | None = None) -> dict[str, float] | None:
+        """Weight of each source in the covariance, as the method wants it."""
         if self.covariance is None:
             return None
+        if method is not None and method.source_weights is not None:
+            return dict.fromkeys(self.covariance.sources, 0.0) | method.source_weights
         earlier = self.after.weights if self.after is not None else {}
         return {**earlier, **{name: s.weight for name, s in self.covariance.sources.items()}}
 
@@ -475,7 +494,7 @@ class Recipe(Section):
 
     def start_options(self, method: Method) -> dict[str, Any]:
         """What decides the adapter that a method starts from."""
-        chosen = {"kind", "rank", "alpha", "lora_dropout", "corda_mode", "null_covariance"}
+        chosen = {"kind", "rank", "alpha", "lora_dropout", "corda_mode", "null_covariance", "layers", "source_weights"}
         options = method.model_dump(mode="json", include=chosen)
         # A null space has no chance in it.
         seed = None if method.kind == "kore" else self.seed_of(method)
@@ -503,6 +522,9 @@ class Recipe(Section):
                 raise ValueError(f"method {name!r}: name it with letters, digits, '-', '_' ('base' is taken)")
             if method.way.uses_covariance and self.covariance is None:
                 raise ValueError(f"method {name!r} needs covariances: add a 'covariance' section")
+            unknown = set(method.source_weights or ()) - set(self.source_weights() or ())
+            if unknown:
+                raise ValueError(f"method {name!r}: source_weights names {sorted(unknown)[0]!r}, which is no source")
             if method.old_samples is not None and self.covariance is None:
                 raise ValueError(
                     f"method {name!r}: {method.old_samples} draws on the samples of old knowledge that covariances "

@@ -102,10 +102,10 @@ def _method_stages(
     again = method.kind == "lora_null" and method.null_covariance != "store"
     if starts and recipe.start_of(name) == name:
         chosen = recipe.start_options(method)
-        weights = recipe.source_weights
+        weights = recipe.source_weights(method)
         yield Stage(
             f"init/{name}",
-            options={**shared, "method": chosen, "weights": weights, "targets": targets_key(recipe)},
+            options={**shared, "method": chosen, "weights": weights, "targets": targets_key(recipe, method)},
             inputs=[*models, *covariances, *(_read(recipe, *old) if again else [])],
             work=lambda folder, progress: work.init(recipe, run, method, folder, progress),
             produces=("adapter_model.safetensors", "adapter_config.json", "leak.csv"),

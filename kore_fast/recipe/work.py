@@ -25,6 +25,7 @@ from kore_fast.progress import Progress
 from kore_fast.recipe.calibration import calibration_batches, old_samples, write_answers
 from kore_fast.recipe.materials import (
     base_model,
+    chosen_samples,
     earlier_adapter,
     earlier_covariance,
     image_root,
@@ -145,7 +146,7 @@ def _finish_start(recipe: Recipe, run: Path, method: Method, folder: Path) -> No
         if covariances is not None and any(factor.any() for factor in A.values()):
             base = {name: layer.get_base_layer().weight for name, layer in layers.items()}
             store = CovarianceStore.load(covariances)
-            rows = [asdict(leak) for leak in leak_report(A, base, store, recipe.source_weights)]
+            rows = [asdict(leak) for leak in leak_report(A, base, store, recipe.source_weights(method))]
     # PEFT's model card template, with nothing filled in.
     (folder / "README.md").unlink(missing_ok=True)
     write_text(folder / "leak.csv", _csv(rows, [f.name for f in fields(LayerLeak)]))
@@ -164,8 +165,8 @@ def _kore_start(recipe: Recipe, run: Path, method: Method, folder: Path, progres
         model, store = base_model(recipe), CovarianceStore.load(run / "covariance")
     config = KoreConfig(
         rank=method.rank,
-        target_modules=recipe.targets_of(model),
-        source_weights=recipe.source_weights,
+        target_modules=recipe.targets_of(model, method),
+        source_weights=recipe.source_weights(method),
         train_a=not method.frozen_a,
         modules_to_save=recipe.trained_whole(method),
     )
@@ -179,7 +180,6 @@ def _kore_start(recipe: Recipe, run: Path, method: Method, folder: Path, progres
 def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, progress: Progress) -> None:
     """Start and samples → a trained adapter (or a whole model), and the loss log."""
     from kore_fast.data.conversations import ConversationDataset
-    from kore_fast.data.samples import read_samples
     from kore_fast.training.cost import measured
     from kore_fast.training.loop import TrainingOptions, last_whole_checkpoint, train, write_loss
 
@@ -187,7 +187,7 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
     checkpoints, way = folder / "checkpoints", method.way
     processor, base = processor_of(recipe), base_model(recipe, accelerated=False)
     old = old_samples(recipe, processor, run / "covariance") if method.old_samples else []
-    dataset = ConversationDataset(processor, read_samples(data, root), root, old if method.replay else ())
+    dataset = ConversationDataset(processor, chosen_samples(method, data, root), root, old if method.replay else ())
     start = None if way.starts == "nothing" else run / "init" / recipe.start_of(name)
     options = TrainingOptions(
         learning_rate=method.learning_rate,

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shlex
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pages import PAGES, ROOT, Found, blocks, commands, inline_commands, links  # type: ignore[import-not-found]
-
-from kore_fast.cli import main
+from pages import PAGES, ROOT, commands, inline_commands, links  # type: ignore[import-not-found]
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
 
