@@ -217,20 +217,16 @@ class _Runner:
         return self.results / "runs" / f"{BASE}.json"
 
     def prepare(self, jobs: Sequence[Job]) -> None:
-        """What all jobs read: samples, covariances, the base's figures, the starts. One after the other, as each
-        takes the whole machine."""
+        """What all jobs read: samples, covariances, the base's figures."""
         waiting = [job for job in jobs if self.scores(job) is None]
         if not waiting and self.base.exists():
             return
-        needed = dict.fromkeys(self.recipe.start_of(job.name) for job in waiting)
-        starts = [name for name in needed if self.recipe.has_start(name)]
         stages: list[tuple[str, ...]] = [("augment",)]
         if self.recipe.covariance is not None:
             stages.append(("covariance",))
-        stages += [("evaluate", "--method", BASE), *(("init", "--method", name) for name in starts)]
+        stages.append(("evaluate", "--method", BASE))
         for stage in stages:
-            if subprocess.run(self._command(*stage)).returncode:
-                raise RecipeError(f"{self.file}: `kore-fast {' '.join(stage)}` failed, see above")
+            self._run(*stage)
         self._keep(self.run / "evaluate" / BASE / "scores.json", self.base, {"method": BASE})
 
     def jobs(self, jobs: Iterable[Job]) -> bool:
@@ -246,8 +242,11 @@ class _Runner:
                     place = min(set(range(self.width)) - {place for _, place in running.values()})
                     job = waiting.pop(0)
                     log = stack.enter_context((logs / f"{job.name}.log").open("ab"))
-                    running[job] = (self._start(job, place, log), place)
                     self.say(f"{job.name}: started, {len(waiting)} waiting")
+                    if status := self._make_start(job, log):
+                        self._finish(job, status, logs / f"{job.name}.log")
+                        continue
+                    running[job] = (self._start(job, place, log), place)
                 for job, (process, _) in list(running.items()):
                     if process.poll() is not None:
                         del running[job]
@@ -259,6 +258,18 @@ class _Runner:
         if self.failed:
             raise RecipeError(f"{self.file}: {len(self.failed)} jobs failed: {'; '.join(self.failed)}")
         return True
+
+    def _run(self, *stage: str) -> None:
+        if subprocess.run(self._command(*stage)).returncode:
+            raise RecipeError(f"{self.file}: `kore-fast {' '.join(stage)}` failed, see above")
+
+    def _make_start(self, job: Job, log: Any) -> int:
+        """The adapter that a job begins from. Jobs share starts, so none makes its own; one that is there is kept."""
+        if not self.recipe.has_start(job.name):
+            return 0
+        return subprocess.run(
+            self._command("init", "--method", self.recipe.start_of(job.name)), stdout=log, stderr=log
+        ).returncode
 
     def _start(self, job: Job, place: int, log: Any) -> subprocess.Popen[bytes]:
         # One process after the other, as each stage loads its own model.
