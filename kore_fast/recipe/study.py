@@ -314,8 +314,10 @@ class _Runner:
     def _made_from(self, job: Job) -> str:
         """Hex SHA-256 of what decides a job's scores: the recipe but for its other methods, and the files it names."""
         recipe, study = self.recipe, self.recipe.study
-        told = recipe.model_dump(mode="json", exclude={"methods", "study", "name", "title", "note", "base_folder"})
-        method = recipe.methods[job.name].model_dump(mode="json")
+        aside = {"methods", "study", "name", "title", "note", "where", "base_folder"}
+        # What is at its default is left out, so that an option that a later version knows makes nothing stale.
+        told = recipe.model_dump(mode="json", exclude=aside, exclude_defaults=True)
+        method = recipe.methods[job.name].model_dump(mode="json", exclude_defaults=True)
         digest = hashlib.sha256(json.dumps([told, method], sort_keys=True, default=str).encode())
         items = recipe.resolve(recipe.items)
         files = [items, items.parent / "wordings.yaml", *map(recipe.resolve, study.depends_on if study else ())]
