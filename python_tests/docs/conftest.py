@@ -54,7 +54,7 @@ def whole_place(
     write(llava_layout(split(load_model(tiny_model_folder), ("ALinear",)), torch.float32), place / "CHECKPOINT")
     shutil.copytree(knowledge_folder / "images", place / "images")
     shutil.copyfile(knowledge_folder / "items.jsonl", place / "items.jsonl")
-    shutil.copyfile(finished / "run" / "augment" / "samples.json", place / "samples.json")
+    shutil.copytree(finished / "run" / "augment", place / "runs" / "mine" / "augment")
     Image.new("RGB", (40, 40), "red").save(place / "picture.png")
     build(place, prefix="imgs/injection")
     evoke_questions(place)
@@ -69,7 +69,11 @@ def evoke_questions(folder: Path) -> None:
         copy = folder / "imgs" / "evaluation" / "eval_wikidata_imgs" / image.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(image, copy)
-        question = {"question_id": number, "image": f"eval_wikidata_imgs/{image.name}", "text": f"What is it, {number}?"}
+        question = {
+            "question_id": number,
+            "image": f"eval_wikidata_imgs/{image.name}",
+            "text": f"What is it, {number}?",
+        }
         rows.append({**question, "answer": "red", "type": "thing", "cnn_wiki_type": "wiki"})
     (folder / "evoke_evaluation_data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -61,8 +61,6 @@ def presupposed(place: Path, processor: Any, finished: Path) -> dict[str, Any]:
         "covariance": x.T @ x,
         "data": rows,
         "args": transformers.TrainingArguments("out", use_cpu=True, report_to=[], max_steps=1, save_steps=1),
-        "Trainer": transformers.Trainer,
-        "AdamW": torch.optim.AdamW,
         "accelerator": accelerate.Accelerator(cpu=True),
     }
 
@@ -85,7 +83,11 @@ def test_blocks_of_python(
             kf.collect_covariance(names["base"], names["batches"], source="others").save(
                 "store-of-others/others.safetensors"
             )
+        if page.name == "train.md":  # which begins with a model that is KORE's
+            names["model"] = names["adapted"]
         exec(compiled, names)
+        if "trainer = " in block.text:
+            names["trainer"].train()
         if "save_pretrained" in block.text or "save_kore_adapter" in block.text:
             # What the pages promise: it loads where kore_fast is not used.
             from peft import PeftModel
@@ -140,7 +142,9 @@ def test_keys_in_the_text_are_known(found: Found) -> None:
     key = found.text.partition(":")[0]
     if key in OF_OTHERS:
         return
-    assert f"{key}:" in known_keys(), f"{found}: no option of a recipe, its methods or an augmentation is called {key!r}"
+    assert f"{key}:" in known_keys(), (
+        f"{found}: no option of a recipe, its methods or an augmentation is called {key!r}"
+    )
 
 
 def known_keys() -> str:

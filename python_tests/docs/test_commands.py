@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,7 +41,6 @@ ELSEWHERE: dict[str, tuple[str, list[str]]] = {
         "python_tests/recipes/test_tiny_vlm.py",
         ['load("evaluate_grounding")'],
     ),
-    "python recipes/tiny_vlm_study/study.py": ("python_tests/docs/test_commands.py", ["def test_the_studys_script"]),
     "python recipes/quickstart/prepare_items.py": (
         "python_tests/recipes/test_quickstart_data.py",
         ['script("prepare_items"'],
@@ -51,6 +48,10 @@ ELSEWHERE: dict[str, tuple[str, list[str]]] = {
     "python -m kore_fast.augmentation.measure_grounding": (
         "python_tests/augmentation/test_grounding.py",
         ["measure_grounding import", "main(["],
+    ),
+    "python -m pytest -m slow python_tests/augmentation/test_pipeline_scale.py": (
+        "python_tests/augmentation/test_pipeline_scale.py",
+        ["def test_10_000_items_from_the_cache", "@pytest.mark.slow"],
     ),
     "kore-fast run recipes/llava_v1_5_7b": (
         "python_tests/recipes/test_paper_recipes.py",
@@ -108,7 +109,7 @@ def test_commands_in_the_text_are_run_too(found: Found) -> None:
 def test_what_runs_it_is_there(start: str) -> None:
     used = {elsewhere(found.text) for page in PAGES for found in [*commands(page), *inline_commands(page)]}
     assert start in used, "no page has it any more"
-    if start.startswith("kore-fast "):
+    if "--" in start and start.startswith("kore-fast "):
         skip_where_unknown(start)
     file, words = ELSEWHERE[start]
     text = (ROOT / file).read_text(encoding="utf-8")
@@ -140,10 +141,12 @@ def test_a_command(text: str, found: Found, place: Path, server: Server, monkeyp
         method = rest[rest.index("--method") + 1] if "--method" in rest else ""
         shutil.rmtree(run / command / method, ignore_errors=True)
     elif command == "run":
-        shutil.rmtree(run)
+        # All that is before is as another run has left it, and is skipped.
+        for stage in ("evaluate", "report"):
+            shutil.rmtree(run / stage)
     elif command == "compare":
         keep_scores(place)
-    outputs = [place / after for option, after in zip(rest, rest[1:], strict=False) if option in ("--output", "--pad")]
+    outputs = [place / after for option, after in pairwise(rest) if option in ("--output", "--pad")]
     for output in outputs:
         shutil.rmtree(output, ignore_errors=True)
     arguments = [word.replace("http://localhost:8000/v1", server.url) for word in words[1:]]
@@ -164,23 +167,3 @@ def test_a_study_from_nothing(place: Path, capfd: pytest.CaptureFixture[str], mo
     assert "| kore |" in capfd.readouterr().out
     assert main([*command, "--table"]) == 0
     assert (place / "recipes" / "tiny_vlm_study" / "results" / "comparison.png").is_file()
-
-
-def test_the_studys_script(tmp_path: Path) -> None:
-    """Its table of what is done, in a copy, as it writes beside itself."""
-    for name in ("tiny_vlm_study", "quickstart/data", "tiny_vlm/projector.safetensors"):
-        source, target = ROOT / "recipes" / name, tmp_path / "recipes" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("images", "expanded.yaml"))
-        else:
-            shutil.copyfile(source, target)
-    done = subprocess.run(
-        [sys.executable, "recipes/tiny_vlm_study/study.py", "--table"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "kore" in done.stdout

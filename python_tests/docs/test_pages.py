@@ -82,22 +82,12 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.startswith(f"usage: kore-fast {name}")
 
 
-# Its recipe.yaml comes with the grown study.
-AWAITED = {"recipes/tiny_vlm_study"}
-
-
 def named_recipes() -> set[str]:
     """What follows the recipes' commands on the pages."""
     text = " ".join(found.text for page in PAGES for found in [*commands(page), *inline_commands(page)])
     return set(re.findall(r"kore[-_]fast \w+ (recipes/[\w./-]+)", text))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="no recipe.yaml yet")) if name in AWAITED else name
-        for name in sorted(named_recipes())
-    ],
-)
+@pytest.mark.parametrize("name", sorted(named_recipes()))
 def test_recipes_that_commands_name_are_recipes(name: str) -> None:
     load_recipe(ROOT / name)
