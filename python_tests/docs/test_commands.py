@@ -145,6 +145,7 @@ def test_a_command(text: str, found: Found, place: Path, server: Server, monkeyp
         for stage in ("evaluate", "report"):
             shutil.rmtree(run / stage)
     elif command == "compare":
+        # That its jobs run, and continue, is in python_tests/recipe/test_study.py, minutes long.
         keep_scores(place)
     outputs = [place / after for option, after in pairwise(rest) if option in ("--output", "--pad")]
     for output in outputs:
@@ -155,15 +156,3 @@ def test_a_command(text: str, found: Found, place: Path, server: Server, monkeyp
         assert (run / LEAVES[command]).is_file()
     assert [output for output in outputs if not any(output.iterdir())] == []
     assert ("localhost:8000" in text) == bool(server.requests)
-
-
-@pytest.mark.slow
-def test_a_study_from_nothing(place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Its jobs are processes of their own.
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    shutil.rmtree(place / "runs")
-    command = ["compare", "recipes/tiny_vlm_study"]
-    assert main(command) == 0
-    assert "| kore |" in capfd.readouterr().out
-    assert main([*command, "--table"]) == 0
-    assert (place / "recipes" / "tiny_vlm_study" / "results" / "comparison.png").is_file()
