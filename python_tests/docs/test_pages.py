@@ -1,44 +1,30 @@
-"""Every command on the pages is run, every block of Python too, and every link leads somewhere."""
+"""The pages hang together: links lead somewhere, what is named exists, and what exists is named."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from kore_fast.cli import main
+from kore_fast.recipe.schema import load_recipe
+from python_tests.docs.pages import PAGES, ROOT, commands, inline_commands, languages, links
 
-from pages import PAGES, ROOT, commands, inline_commands, links  # type: ignore[import-not-found]
-
-COMMANDS = [command for page in PAGES for command in commands(page)]
-
-# What is no command of ours: where it is run instead. The file must hold the words that are given.
-ELSEWHERE: dict[str, tuple[str, list[str]]] = {
-    "make test": (".ci/run", ["make test"]),
-    "make quickstart": (".ci/run", ["make quickstart-short"]),
-    "OMP_NUM_THREADS=8 torchrun --nproc-per-node 4 -m kore_fast init": (
-        "python_tests/recipe/test_processes.py",
-        ["torch.distributed.run", "init"],
-    ),
-    "python recipes/tiny_vlm/": ("python_tests/recipes/test_tiny_vlm.py", ["build.py"]),
-}
-# Runs with real networks or extras, run by the test that is named instead.
-PYTHON_ELSEWHERE: dict[str, tuple[str, list[str]]] = {
-    "SFTTrainer": ("python_tests/training/test_trl.py", ["SFTTrainer", "KoreCallback"]),
-    "trust_me": ("", []),
-}
+RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_dir())
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+LANGUAGES = {"", "python", "yaml", "json", "bibtex"}
+"""Of fenced blocks; the first four are run or read by the tests beside this one."""
 
 
-def parser_commands() -> set[str]:
+def command_names() -> list[str]:
     from kore_fast.cli import _parser
 
-    actions = [action for action in _parser()._actions if action.choices]
-    return set(actions[0].choices or ())
+    (choices,) = (action.choices for action in _parser()._actions if action.choices)
+    return sorted(choices)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@EACH_PAGE
 def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
         path, _, anchor = link.partition("#")
@@ -50,17 +36,58 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, f"{page.name}: {link}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_in_the_text_exist(page: Path) -> None:
+@EACH_PAGE
+def test_what_commands_name_exists(page: Path) -> None:
     extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for found in [*inline_commands(page), *commands(page)]:
-        words = found.text.split()
-        if words[0] == "kore-fast" and words[1].isascii() and words[1].islower():
-            assert words[1] in parser_commands(), found
-        if words[0] == "make" and words[1].replace("-", "").isalpha():
-            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), found
-        if words[0] == "pip":
+        program, *words = found.text.split()
+        if program == "kore-fast" and words[0] not in ("COMMAND", "--version"):
+            assert words[0] in command_names(), found
+        if program == "make" and re.fullmatch(r"[a-z-]+", words[0]):
+            assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), found
+        if program == "pip":
             for group in re.findall(r"\[([\w,-]+)\]", found.text):
                 for extra in group.split(","):
                     assert re.search(rf"^{extra} = \[", extras, re.MULTILINE), found
+        for path in re.findall(r"(?:recipes|python_tests|benchmarks|docs)/[\w./-]*\w", found.text):
+            assert (ROOT / path).exists(), found
+
+
+def test_every_command_and_every_recipe_is_named() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    assert [name for name in command_names() if f"kore-fast {name}" not in text] == []
+    assert [path.name for path in RECIPES if not re.search(rf"\b{path.name}\b", text)] == []
+
+
+def test_every_page_of_the_documentation_is_linked() -> None:
+    index = ROOT / "docs" / "README.md"
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {index.name} == {
+        link for link in links(index) if re.fullmatch(r"\w+\.md", link)
+    }
+    assert "docs/README.md" in links(ROOT / "README.md")
+
+
+@EACH_PAGE
+def test_no_block_is_left_out_of_the_tests(page: Path) -> None:
+    assert languages(page) <= LANGUAGES
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: kore-fast {name}")
+
+
+def named_recipes() -> set[str]:
+    """What follows the recipes' commands on the pages."""
+    text = " ".join(found.text for page in PAGES for found in [*commands(page), *inline_commands(page)])
+    return set(re.findall(r"kore[-_]fast \w+ (recipes/[\w./-]+)", text))
+
+
+@pytest.mark.parametrize("name", sorted(named_recipes()))
+def test_recipes_that_commands_name_are_recipes(name: str) -> None:
+    load_recipe(ROOT / name)
