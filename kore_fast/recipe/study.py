@@ -325,7 +325,8 @@ class _Runner:
     def _made_from(self, job: Job) -> str:
         """Hex SHA-256 of what decides a job's scores: the recipe but for its other methods, and the files it names."""
         recipe, study = self.recipe, self.recipe.study
-        aside = {"methods", "study", "name", "title", "note", "where", "base_folder"}
+        aside: Any = dict.fromkeys(("methods", "study", "name", "title", "note", "where", "base_folder"), True)
+        aside["model"] = {"config"}
         # What is at its default is left out, so that an option that a later version knows makes nothing stale.
         told = recipe.model_dump(mode="json", exclude=aside, exclude_defaults=True)
         method = recipe.methods[job.name].model_dump(mode="json", exclude_defaults=True)
