@@ -16,6 +16,7 @@ from torch import nn
 
 from kore_fast.data.conversations import IGNORE, Encoded, by_length, collate, tokenizer_of
 from kore_fast.errors import ConstraintError
+from kore_fast.evaluation.batches import BatchSize
 from kore_fast.progress import Progress, silent
 
 
@@ -39,12 +40,14 @@ def measure_drift(
     processor: Any,
     sequences: Sequence[Encoded],
     *,
-    batch_size: int = 8,
+    batch_size: int | BatchSize = 8,
     bf16: bool = False,
     progress: Progress = silent,
     label: str = "drift",
 ) -> list[Drift]:
     """Loss and drift of each sequence, over the tokens of its answers (for a plain text: all tokens after the first).
+
+    Where memory runs out a batch is halved, and so are those that follow.
 
     Args:
         base: the untouched base; ``model`` itself, which is then compared with itself (drift zero); or None for a
@@ -52,12 +55,13 @@ def measure_drift(
 
     Raises:
         ConstraintError: no base, and ``model`` is no PEFT model.
+        KoreError: memory does not suffice for one sequence; says which.
     """
     pad = tokenizer_of(processor).pad_token_id
     device = next(model.parameters()).device
-    results: list[Drift | None] = [None] * len(sequences)
-    batches = by_length([len(s) for s in sequences], batch_size)
-    for rows in progress(batches, len(batches), label):
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
+
+    def measure(rows: Sequence[int]) -> list[Drift]:
         inputs = collate([sequences[i] for i in rows], pad, labels=True)
         labels = inputs.pop("labels").to(device)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -69,7 +73,8 @@ def measure_drift(
             else:
                 with base_of(model, base) as untouched:
                     before = untouched(**inputs, output_hidden_states=True)
-        for row, i in enumerate(rows):
+        results = []
+        for row in range(len(rows)):
             kept = targets[row] != IGNORE
             log_p = found.logits[row][kept].float().log_softmax(-1)
             log_q = before.logits[row][kept].float().log_softmax(-1)
@@ -78,8 +83,15 @@ def measure_drift(
             # The first are the embeddings, which go into the decoder.
             layers = zip(found.hidden_states[1:], before.hidden_states[1:], strict=True)
             moved = [_relative(here[row][kept], there[row][kept]) for here, there in layers]
-            results[i] = Drift(float(loss.mean()), float(kl.mean()), sum(moved) / len(moved), int(kept.sum()))
-    return [result for result in results if result is not None]
+            results.append(Drift(float(loss.mean()), float(kl.mean()), sum(moved) / len(moved), int(kept.sum())))
+        return results
+
+    drifts: dict[int, Drift] = {}
+    batches = by_length([len(s) for s in sequences], size.size)
+    for batch in progress(batches, len(batches), label):
+        for rows, found in size.run(batch, measure, lambda i: f"{label}, sequence {i}"):
+            drifts |= dict(zip(rows, found, strict=True))
+    return [drifts[i] for i in range(len(sequences))]
 
 
 @contextmanager

@@ -93,9 +93,11 @@ def evaluate(
         found = ask_all(asked, answerer, _journal(folder / part), progress=progress, label=label)
         return [answer.text or "" for answer in found]
 
+    drift_size = BatchSize(8)
+
     def drift(sequences: Sequence[Encoded], label: str) -> list[Row]:
         found = measure_drift(
-            model, base, processor, sequences, batch_size=8, bf16=suite.bf16, progress=progress, label=label
+            model, base, processor, sequences, batch_size=drift_size, bf16=suite.bf16, progress=progress, label=label
         )
         return [asdict(one) for one in found]
 

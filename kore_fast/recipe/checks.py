@@ -27,6 +27,7 @@ def prepare(recipe: Recipe) -> None:
     from kore_fast.data.evoke import check_question_images, read_evoke_questions
     from kore_fast.data.items import load_items
     from kore_fast.data.old_knowledge import read_pictures, read_texts
+    from kore_fast.evaluation.lmms import check_retention
 
     for method in recipe.methods.values():
         method.way.check_available()
@@ -53,6 +54,10 @@ def prepare(recipe: Recipe) -> None:
         evoke = recipe.resolve(recipe.evaluation.evoke)
         questions = read_evoke_questions(evoke, check_images=False)[: recipe.evaluation.evoke_questions]
         check_question_images(evoke, questions)
+    if recipe.evaluation.retention is not None:
+        benchmarks = recipe.evaluation.retention
+        data = None if benchmarks.data is None else recipe.resolve(benchmarks.data)
+        check_retention(benchmarks.benchmarks, data=data, judge=benchmarks.judge)
     model = model_without_weights(recipe, given=True)
     check_ranks(recipe, model)
     check_projector(recipe, model)

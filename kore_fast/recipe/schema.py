@@ -15,7 +15,8 @@ from torch import nn
 
 from kore_fast.augmentation.options import AugmentationOptions, Branch
 from kore_fast.augmentation.plan import AugmentationPlan
-from kore_fast.errors import ConstraintError, RecipeError
+from kore_fast.errors import ConstraintError, DataError, RecipeError
+from kore_fast.evaluation.lmms import Judge, choose
 from kore_fast.recipe.study import BASE, expand
 
 if TYPE_CHECKING:
@@ -370,6 +371,31 @@ class StudySection(Section):
     """Filled when the recipe is loaded."""
 
 
+class RetentionSection(Section):
+    """The retention benchmarks, by lmms-eval; see `evaluation.lmms.evaluate_retention`."""
+
+    benchmarks: list[str] | None = None
+    """Their names; default the paper's twelve, whose mean is K.R."""
+    data: Path | None = None
+    """A folder of data for each; what is not there comes from the hub."""
+    hub: bool = True
+    judge: Judge | None = None
+    """For the four that need one, which are missing without."""
+    limit: Count | None = None
+    """Only the first so many questions of each: no benchmark's score, and no K.R."""
+    max_new_tokens: Count = 1024
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RetentionSection:
+        try:
+            choose(self.benchmarks)
+        except DataError as error:
+            raise ValueError(str(error).removeprefix("retention: ")) from None
+        if not self.hub and self.data is None:
+            raise ValueError("'hub' false leaves no data: give a folder as 'data'")
+        return self
+
+
 class EvaluationSection(Section):
     """What is measured on every method and on the base."""
 
@@ -391,6 +417,8 @@ class EvaluationSection(Section):
     """EVOKE's evaluation file, for a recipe whose items are EVOKE's; asked with EVOKE's 128 new tokens."""
     evoke_questions: Count | None = None
     """Of EVOKE's questions the first so many; default all."""
+    retention: RetentionSection | None = None
+    """Benchmarks beside the held-out parts above; default none."""
 
 
 class Recipe(Section):
@@ -435,6 +463,8 @@ class Recipe(Section):
         for name, source in (self.covariance.sources if self.covariance else {}).items():
             key = f"covariance.sources.{name}"
             given |= {f"{key}.file": source.file, f"{key}.images": source.images}
+        if self.evaluation.retention is not None:
+            given["evaluation.retention.data"] = self.evaluation.retention.data
         return {key: path for key, path in given.items() if path is not None}
 
     def where_to_get(self, path: Path | str) -> str:

@@ -14,6 +14,7 @@ from kore_fast.errors import DataError
 from kore_fast.files import inside, read_jsonl
 from kore_fast.recipe import work
 from kore_fast.recipe.materials import earlier_adapter, earlier_covariance, samples_file, targets_key
+from kore_fast.recipe.retention import benchmark_files, to_try_again
 from kore_fast.recipe.runner import Stage
 from kore_fast.recipe.schema import BASE, Method, Recipe
 
@@ -144,7 +145,7 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
     return Stage(
         f"evaluate/{name}",
         options={
-            "evaluation": recipe.evaluation.model_dump(mode="json"),
+            "evaluation": _measured(recipe),
             "seed": recipe.seed,
             **_base(recipe),
             "precision": recipe.training.precision,
@@ -155,12 +156,23 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
             *_pictures_of(recipe.resolve(recipe.items)),
             *_read(recipe, *old),
             *_evoke(recipe),
+            *benchmark_files(recipe),
             *trained,
         ],
         work=lambda folder, progress: work.evaluate(recipe, run, name, method, folder, progress),
         produces=("scores.json",),
-        seconds=75,
+        seconds=75 if recipe.evaluation.retention is None else None,
+        open_ends=to_try_again,
     )
+
+
+def _measured(recipe: Recipe) -> dict[str, object]:
+    """The options of an evaluation that decide its figures: of a judge its name, not where it is."""
+    judge = {"base_url", "api_key_env", "timeout", "attempts"}
+    options = recipe.evaluation.model_dump(mode="json", exclude={"retention": {"judge": judge, "data": True}})
+    if options["retention"] is None:
+        del options["retention"]  # what was measured before there were benchmarks stays
+    return options
 
 
 def _evoke(recipe: Recipe) -> list[Path]:

@@ -33,6 +33,7 @@ from kore_fast.recipe.materials import (
     samples_file,
 )
 from kore_fast.recipe.methods import fisher, loss_terms, start_options, told
+from kore_fast.recipe.retention import FOLDER, measure_benchmarks, with_hars
 from kore_fast.recipe.schema import BASE, Method, Recipe
 
 if TYPE_CHECKING:
@@ -328,6 +329,12 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
     )
     if options.evoke is not None:
         metrics |= _evaluate_evoke(recipe, model, processor, folder / "evoke", progress)
+    if options.retention is not None:
+        benchmarks, how = measure_benchmarks(recipe, model, processor, folder / FOLDER, progress)
+        metrics |= benchmarks
+        settings |= how
+    if method is not None:
+        metrics = with_hars(metrics, read_json(run / "evaluate" / BASE / "scores.json")["metrics"])
     write_json(
         folder / "scores.json",
         {

@@ -19,7 +19,18 @@ from kore_fast.report.page import write_bytes
 from kore_fast.report.prediction import Prediction, as_values, prediction_table, predictions
 from kore_fast.report.reading import Metric, Scores, kind_order, parse_scores, pretty
 from kore_fast.report.tables import csv_text, markdown_table
-from kore_fast.report.words import ADAPTATION, DRIFT, MISSING, RETENTION, MetricWords, interval, measured, minus, number
+from kore_fast.report.words import (
+    ADAPTATION,
+    BENCHMARKS,
+    DRIFT,
+    MISSING,
+    RETENTION,
+    MetricWords,
+    interval,
+    measured,
+    minus,
+    number,
+)
 
 _LOSS = "wikipedia_loss"
 _OVER_SEEDS = "Student's t, 95 %"
@@ -335,7 +346,11 @@ def _markdown(
 def _table(rows: Sequence[Group], *, brief: bool = False) -> str:
     metrics = measured(run for group in rows for run in group.runs)
     if brief:
-        metrics = [words for words in metrics if words.group != DRIFT or words.name.startswith("kl_")]
+        metrics = [
+            words
+            for words in metrics
+            if words.group != BENCHMARKS and (words.group != DRIFT or words.name.startswith("kl_"))
+        ]
     header = [
         "method",
         "learning rate",

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from kore_fast.report.reading import Method, Metric, Run
-from kore_fast.report.words import ADAPTATION, DRIFT, RETENTION, MetricWords, difference, measured, minus, number
+from kore_fast.report.words import ADAPTATION, BOTH, DRIFT, RETENTION, MetricWords, difference, measured, minus, number
 
 EQUAL_ADAPTATION = 0.02
 EQUAL_PARAMETERS = 0.05
@@ -19,6 +19,7 @@ _RETENTION_PHRASES = {
     "capitals": "capitals",
     "picture_naming": "picture naming",
     "wikipedia_loss": "held-out loss",
+    "k_r": "the twelve benchmarks",
 }
 
 
@@ -41,8 +42,8 @@ def notes(run: Run) -> list[str]:
         found.append("The base model was not evaluated, so no difference to it can be shown.")
     metrics = measured(method.scores for method in run.methods)
     for method in run.methods:
-        # The base's drift from itself is nothing by definition.
-        expected = [words for words in metrics if not (method is run.base and words.group == DRIFT)]
+        # The base's drift from itself is nothing by definition, and so is its gain over itself.
+        expected = [words for words in metrics if not (method is run.base and words.group in (BOTH, DRIFT))]
         without = [words.label for words in expected if method.scores.value(words.name) is None]
         if without:
             found.append(f"Not measured for {method.label} (shown as –): {'; '.join(without)}.")

@@ -9,6 +9,8 @@ from kore_fast.report.reading import Metric, Scores
 
 MISSING = "–"
 DRIFT = "Drift from the base"
+BENCHMARKS = "Benchmarks"
+BOTH = "Adaptation and retention"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,21 @@ class MetricWords:
 
 
 _ADAPTATION = ("Adaptation", True, True)
+_BENCHMARKS = {
+    "mme": "MME",
+    "mmbench": "MMBench",
+    "seedbench2_plus": "SEEDBench2_Plus",
+    "ocrvqa": "OCRVQA",
+    "scienceqa": "ScienceQA",
+    "mmmu": "MMMU",
+    "mia_bench": "MIA-Bench",
+    "mmdu": "MMDU",
+    "mathvista": "MathVista",
+    "mathvision": "MathVision",
+    "pope": "POPE",
+    "hallusionbench": "HallusionBench",
+    "evoke": "EVOKE by lmms-eval, K.A",
+}
 METRICS = (
     MetricWords("adaptation_cem", "new facts asked by name, CEM", "new facts, CEM", *_ADAPTATION),
     MetricWords("adaptation_f1", "new facts asked by name, F1", "new facts, F1", *_ADAPTATION),
@@ -46,6 +63,9 @@ METRICS = (
     MetricWords("capitals", "capitals of the world", "capitals", "Retention", True, True),
     MetricWords("picture_naming", "picture naming", "picture naming", "Retention", True, True),
     MetricWords("wikipedia_loss", "held-out Wikipedia loss, nats a token", "Wikipedia loss", "Retention", False, False),
+    MetricWords("k_r", "twelve benchmarks' mean, K.R", "K.R", "Retention", True, True),
+    MetricWords("hars", "adaptation and retention against the base's, HARS", "HARS", BOTH, True, True),
+    *(MetricWords(f"benchmark_{name}", title, title, BENCHMARKS, True, True) for name, title in _BENCHMARKS.items()),
     MetricWords("kl_text", "drift on text, KL in nats", "drift, text", DRIFT, False, False),
     MetricWords("kl_chat", "drift in chat, KL in nats", "drift, chat", DRIFT, False, False),
     MetricWords("kl_picture", "drift on pictures, KL in nats", "drift, pictures", DRIFT, False, False),
@@ -72,6 +92,16 @@ GLOSSARY = (
         "and one without words does not match everything",
     ),
     ("K.A", "the KORE paper's knowledge adaptation: the mean of EVOKE's CEM and F1"),
+    (
+        "K.R",
+        "the KORE paper's knowledge retention: the plain mean of its twelve benchmarks; figures of different "
+        "harnesses, versions and judges do not compare",
+    ),
+    (
+        "HARS",
+        "the KORE paper's harmonic mean of adaptation (100·GA / (GA + 100)) and retention (GR + 100), with GA and GR "
+        "the gains over the base's K.A and K.R in percent",
+    ),
     ("F1", "overlap of the answer's words with the right answer's, 100 % when they are the same words"),
     (
         "drift",

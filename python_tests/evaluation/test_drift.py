@@ -12,6 +12,7 @@ from torch import nn
 
 from kore_fast.data.conversations import ANSWER, Encoded, collate, encode, encode_texts
 from kore_fast.errors import ConstraintError
+from kore_fast.evaluation.batches import BatchSize
 from kore_fast.evaluation.drift import measure_drift
 
 
@@ -110,3 +111,25 @@ def test_all_tokens_of_a_text_are_predicted(tiny_processor: Any, tiny_model: nn.
     assert [len(e) for e in encoded] == [20, 2]
     assert all((e.kinds == ANSWER).all() for e in encoded)
     assert [d.tokens for d in measure_drift(tiny_model, tiny_model, tiny_processor, encoded)] == [19, 1]
+
+
+def test_a_batch_that_is_too_large_is_halved(
+    tiny_model: nn.Module, changed: nn.Module, tiny_processor: Any, sequences: list[Encoded]
+) -> None:
+    tried: list[int] = []
+
+    def too_large(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tried.append(len(named["input_ids"]))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    wanted = measure_drift(changed, tiny_model, tiny_processor, sequences, batch_size=1)
+    changed.register_forward_pre_hook(too_large, with_kwargs=True)
+    size = BatchSize(6)
+    found = measure_drift(changed, tiny_model, tiny_processor, sequences, batch_size=size)
+    assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert size.size == 1
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.loss, one.kl, one.hidden, one.tokens) == pytest.approx(
+            (other.loss, other.kl, other.hidden, other.tokens), rel=1e-5
+        )

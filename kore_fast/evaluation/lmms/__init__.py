@@ -5,7 +5,7 @@ Absolute scores differ between harnesses, their versions and judges: compare onl
 
 from kore_fast.evaluation.lmms.benchmarks import BENCHMARKS, EVOKE, RETENTION, Benchmark
 from kore_fast.evaluation.lmms.judge import Judge
-from kore_fast.evaluation.lmms.retention import Retention, Score, evaluate_retention
+from kore_fast.evaluation.lmms.retention import Retention, Score, check_retention, choose, evaluate_retention
 from kore_fast.evaluation.lmms.vlmevalkit import VlmEvalKitRun, read_vlmevalkit, write_vlmevalkit_config
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "Retention",
     "Score",
     "VlmEvalKitRun",
+    "check_retention",
+    "choose",
     "evaluate_retention",
     "read_vlmevalkit",
     "write_vlmevalkit_config",

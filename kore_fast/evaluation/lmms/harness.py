@@ -30,6 +30,10 @@ class NoDataError(Exception):
     """The benchmark's data cannot be had, or hold too little; its text says why."""
 
 
+class NoHubError(NoDataError):
+    """The hub does not give them; another time it may."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What lmms-eval made of one benchmark."""
@@ -68,7 +72,8 @@ def run_task(benchmark: Benchmark, make_model: Any, files: list[Path] | None, li
         work: an empty folder for what lmms-eval writes; the caller removes it.
 
     Raises:
-        NoDataError: the hub's data set cannot be had; no question counts for a figure that is wanted.
+        NoHubError: the hub's data set cannot be had.
+        NoDataError: no question counts for a figure that is wanted.
     """
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
@@ -81,7 +86,7 @@ def run_task(benchmark: Benchmark, make_model: Any, files: list[Path] | None, li
             loaded = manager.load_task_or_group(task)
         except Exception as error:  # what the hub's client raises depends on its version, and lmms-eval wraps it
             if files is None:
-                raise NoDataError(
+                raise NoHubError(
                     f"its data cannot be had from the hub ({_cause(error)}); give a folder of data"
                 ) from error
             raise

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from kore_fast.data.conversations import ANSWER, IMAGE, Encoded, by_length, collate, encode, tokenizer_of
+from kore_fast.evaluation.batches import BatchSize
 from kore_fast.evaluation.generation import generate_answers
 from kore_fast.evaluation.lmms.prompts import pictures_first
 from kore_fast.progress import Progress, silent
@@ -48,7 +49,7 @@ class ModelInMemory(lmms):
         self.accelerator = None  # lmms-eval would make one
         self._network, self._processor = model, processor
         self._journal, self._most_tokens = journal, max_new_tokens
-        self._batch_size, self._bf16, self._progress, self._label = batch_size, bf16, progress, label
+        self._batch_size, self._bf16, self._progress, self._label = BatchSize(batch_size), bf16, progress, label
         self._known: dict[str, Any] = {}
         if journal.exists():
             for line in journal.read_text(encoding="utf-8").splitlines():
@@ -71,7 +72,7 @@ class ModelInMemory(lmms):
             else:
                 waiting[self._limits(request.args[1])].append(number)
         for (most_tokens, stops), numbers in waiting.items():
-            size = self._batch_size * _BATCHES_AT_ONCE
+            size = self._batch_size.size * _BATCHES_AT_ONCE
             for start in range(0, len(numbers), size):
                 chosen = numbers[start : start + size]
                 encoded = [self._question(requests[number]) for number in chosen]
@@ -135,21 +136,29 @@ class ModelInMemory(lmms):
             encoded.append(encode(self._processor, turns, visuals))
             counts.append(len(tokenizer(str(continuation), add_special_tokens=False)["input_ids"]))
         device = next(self._network.parameters()).device
+
+        def score(rows: Sequence[int]) -> list[tuple[float, bool]]:
+            inputs = collate([encoded[i] for i in rows], tokenizer.pad_token_id)
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+                logits = self._network(**inputs).logits
+            found = []
+            for row, i in enumerate(rows):
+                places = (encoded[i].kinds == ANSWER).nonzero().flatten()[: counts[i]].to(device)
+                log_p = logits[row, places - 1].float().log_softmax(-1)
+                tokens = inputs["input_ids"][row, places]
+                chosen = log_p.gather(-1, tokens[:, None]).squeeze(-1)
+                found.append((float(chosen.sum()), bool((log_p.argmax(-1) == tokens).all())))
+            return found
+
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for plain in (False, True):
             group = [i for i, e in enumerate(encoded) if (e.pixel_values is None) == plain]
-            for batch in by_length([len(encoded[i]) for i in group], self._batch_size):
+            for batch in by_length([len(encoded[i]) for i in group], self._batch_size.size):
                 rows = [group[i] for i in batch]
-                inputs = collate([encoded[i] for i in rows], tokenizer.pad_token_id)
-                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-                    logits = self._network(**inputs).logits
-                for row, i in enumerate(rows):
-                    places = (encoded[i].kinds == ANSWER).nonzero().flatten()[: counts[i]].to(device)
-                    log_p = logits[row, places - 1].float().log_softmax(-1)
-                    tokens = inputs["input_ids"][row, places]
-                    chosen = log_p.gather(-1, tokens[:, None]).squeeze(-1)
-                    results[i] = float(chosen.sum()), bool((log_p.argmax(-1) == tokens).all())
+                for part, scores in self._batch_size.run(rows, score, lambda i: f"{self._label}, request {i}"):
+                    for i, one in zip(part, scores, strict=True):
+                        results[i] = one
         return results
 
     def _limits(self, asked: dict[str, Any]) -> tuple[int, tuple[str, ...]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,26 @@ from torch import nn
 
 from kore_fast.errors import DataError, KoreError
 from kore_fast.evaluation.lmms.benchmarks import BENCHMARKS, RETENTION, Benchmark
-from kore_fast.evaluation.lmms.harness import NoDataError, Outcome, installed_version, remove, run_task
+from kore_fast.evaluation.lmms.harness import (
+    NoDataError,
+    NoHubError,
+    Outcome,
+    installed_version,
+    remove,
+    run_task,
+)
+from kore_fast.evaluation.lmms.identity import fingerprint as weights_fingerprint
 from kore_fast.evaluation.lmms.judge import Judge, judging
 from kore_fast.evaluation.lmms.local_data import as_parquet, fingerprint, local_files
 from kore_fast.files import read_json, write_json, write_jsonl
 from kore_fast.progress import Progress, silent
 
 NO_JUDGE = "no judge: it needs one, name an OpenAI-compatible endpoint"
+PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
+# Of a benchmark that is not finished: its answers so far, and what they were given under.
+_JOURNAL, _ANSWERED = "answers.jsonl", "answers.json"
+# What decides which questions there are and how they are judged, but no answer.
+_NOT_OF_ANSWERS = {"limit", "judge"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class Score:
     questions: int | None = None
     judge: dict[str, Any] | None = None
     """Its model, how many answers it gave, and how many of them could not be read."""
+    again: bool = False
+    """Missing because a judge or the hub did not answer: another call tries again."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +109,41 @@ def choose(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
     """The benchmarks of these names, by default the 12.
 
     Raises:
-        DataError: a name that is none, or twice.
+        DataError: a name that is none (says the nearest), or twice; no name at all.
     """
     if names is None:
         return RETENTION
     unknown = sorted(set(names) - set(BENCHMARKS))
-    if unknown or len(set(names)) != len(names):
-        what = f"no benchmark is called {', '.join(unknown)}" if unknown else "a benchmark is named twice"
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lower(), BENCHMARKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}"
+        raise DataError(f"retention: no benchmark is called {unknown[0]}; {hint}")
+    if not names or len(set(names)) != len(names):
+        what = "a benchmark is named twice" if names else "no benchmark is named"
         raise DataError(f"retention: {what}; there are {', '.join(BENCHMARKS)}")
     return tuple(BENCHMARKS[name] for name in names)
+
+
+def check_retention(
+    benchmarks: Sequence[str] | None = None, *, data: str | Path | None = None, judge: Judge | None = None
+) -> str:
+    """What can be known to be wrong before a model is loaded; returns the harness with its version.
+
+    Raises:
+        DataError: as `evaluate_retention`, of everything but the folder of results.
+    """
+    chosen = choose(benchmarks)
+    harness = f"lmms-eval {installed_version()}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DataError("retention is measured in one process: start it without torchrun or accelerate launch")
+    if judge is not None:
+        judge.key()
+    if data is not None:
+        if not Path(data).is_dir():
+            raise DataError(f"{data}: no such folder; it should hold one folder a benchmark: {', '.join(BENCHMARKS)}")
+        for benchmark in chosen:
+            local_files(benchmark, Path(data))
+    return harness
 
 
 def evaluate_retention(
@@ -117,13 +159,14 @@ def evaluate_retention(
     max_new_tokens: int = 1024,
     batch_size: int = 32,
     bf16: bool = False,
+    about: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Retention:
     """Measure a model in memory with lmms-eval's tasks and our own; an adapter stays as it is, nothing is merged.
 
     Below ``folder`` each benchmark has a folder with ``predictions.jsonl`` (every question with its answer and scores)
     and ``result.json``, written last: a second call measures only what has none, and an interrupted benchmark goes on
-    after its last written answers. Whoever changes the model chooses another folder.
+    after its last written answers. All of a folder is of one model, told by its weights and by ``about``.
 
     Absolute scores differ between harnesses, their versions, their wordings and judges: compare only what was measured
     alike. Answers are greedy, whatever a task asks for.
@@ -136,24 +179,21 @@ def evaluate_retention(
         judge: for MIA-Bench, MMDU, MathVista and HallusionBench, which are missing without one.
         limit: only the first so many questions of each; a score of that is no benchmark's score. MME needs an even one.
         max_new_tokens: no answer gets longer; some tasks ask for 16384, which no model of 4096 positions can give.
+        about: what else tells the model from others, as plain JSON values: its name, its processor's files.
 
     Returns:
         One `Score` a benchmark, in the order asked for. Missing ones say why; they are not zero.
 
     Raises:
-        DataError: lmms-eval is not there; a finished benchmark in ``folder`` was measured with other settings; local
-            data that cannot be read; a judge's key that is not set; several processes.
+        DataError: lmms-eval is not there; ``folder`` holds results or answers of another model or of other settings;
+            local data that cannot be read; a judge's key that is not set; several processes.
     """
+    harness = check_retention(benchmarks, data=data, judge=judge)
     chosen = choose(benchmarks)
-    harness = f"lmms-eval {installed_version()}"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DataError("retention is measured in one process: start it without torchrun or accelerate launch")
-    if judge is not None:
-        judge.key()
     folder = Path(folder).resolve()
     data = None if data is None else Path(data).resolve()
-    if data is not None and not data.is_dir():
-        raise DataError(f"{data}: no such folder; it should hold one folder a benchmark: {', '.join(BENCHMARKS)}")
+    answerer = {**(about or {}), "bf16": bf16, "loaded_weights": weights_fingerprint(model)}
+    _check_same_model(folder, answerer)
     training = model.training
     model.eval()
     scores = []
@@ -164,13 +204,14 @@ def evaluate_retention(
                 "task": benchmark.task,
                 "limit": limit,
                 "max_new_tokens": max_new_tokens,
+                "model": answerer,
             }
             if benchmark.judged:
                 settings["judge"] = None if judge is None else judge.model
             place = folder / benchmark.name
             files = [] if data is None else local_files(benchmark, data)
             settings["data"] = fingerprint(files) if files else "hub"
-            kept = _finished(place / "result.json", settings)
+            kept = _finished(place / RESULT, settings)
             if kept is None:
                 scores.append(
                     _measure(
@@ -196,16 +237,47 @@ def evaluate_retention(
     return result
 
 
+def _check_same_model(folder: Path, answerer: dict[str, Any]) -> None:
+    """Refuse a folder that holds another model's results or answers, of whichever benchmark."""
+    for path in sorted([*folder.glob(f"*/{RESULT}"), *folder.glob(f"*/{_ANSWERED}")]):
+        kept = read_json(path)
+        settings = kept.get("settings", kept) if isinstance(kept, dict) else {}
+        there = settings.get("model") if isinstance(settings, dict) else None
+        if there != answerer:
+            there = there if isinstance(there, dict) else {}
+            odd = next(key for key in {**answerer, **there} if there.get(key) != answerer.get(key))
+            raise DataError(
+                f"{path}: measured on another model (its {odd.replace('_', ' ')} was {there.get(odd)!s:.60}, is now "
+                f"{answerer.get(odd)!s:.60}); choose another folder, or remove this one"
+            )
+
+
 def _finished(path: Path, settings: dict[str, Any]) -> Score | None:
     if not path.exists():
         return None
     kept = read_json(path)
-    if kept["settings"] != settings:
-        changed = sorted(key for key in settings if kept["settings"].get(key) != settings[key])
+    _check_same(path, kept["settings"], settings)
+    return Score(**kept["score"])
+
+
+def _check_same(path: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:
+    changed = sorted(key for key in settings if there.get(key) != settings[key])
+    if changed:
         raise DataError(
             f"{path}: measured with other settings ({', '.join(changed)}); choose another folder, or remove this one"
         )
-    return Score(**kept["score"])
+
+
+def bind_answers(place: Path, settings: dict[str, Any]) -> None:
+    """Note what a benchmark's answers are given under; refuse answers that were given under something else."""
+    given = {key: value for key, value in settings.items() if key not in _NOT_OF_ANSWERS}
+    path = place / _ANSWERED
+    if path.exists():
+        _check_same(path, read_json(path), given)
+        return
+    if (place / _JOURNAL).exists():
+        raise DataError(f"{place}: holds answers, but not whose ({_ANSWERED}); choose another folder, or remove it")
+    write_json(path, given)
 
 
 def _measure(
@@ -230,13 +302,14 @@ def _measure(
     from kore_fast.evaluation.lmms.model import ModelInMemory
 
     place.mkdir(parents=True, exist_ok=True)
+    bind_answers(place, settings)
     work = Path(tempfile.mkdtemp(prefix=".work-", dir=place))
 
     def make_model() -> Any:
         return ModelInMemory(
             model,
             processor,
-            journal=place / "answers.jsonl",
+            journal=place / _JOURNAL,
             max_new_tokens=settings["max_new_tokens"],
             batch_size=batch_size,
             bf16=bf16,
@@ -254,12 +327,12 @@ def _measure(
             with judging(judge, benchmark.readable, place / "judge.jsonl") as record:
                 outcome = run()
             if record.problem is not None:
-                return Score(benchmark.name, missing=record.problem)
+                return Score(benchmark.name, missing=record.problem, again=record.failure is not None)
             told = {"model": judge.model, "answers": record.asked, "unreadable": record.unreadable}
         else:
             outcome = run()
     except NoDataError as error:
-        return Score(benchmark.name, missing=str(error))
+        return Score(benchmark.name, missing=str(error), again=isinstance(error, NoHubError))
     except KoreError:
         raise
     except AssertionError as error:
@@ -273,7 +346,8 @@ def _measure(
         questions=len(outcome.samples),
         judge=told,
     )
-    write_jsonl(place / "predictions.jsonl", outcome.samples)
-    write_json(place / "result.json", {"settings": settings, "score": asdict(score)})
-    (place / "answers.jsonl").unlink(missing_ok=True)
+    write_jsonl(place / PREDICTIONS, outcome.samples)
+    write_json(place / RESULT, {"settings": settings, "score": asdict(score)})
+    for name in (_JOURNAL, _ANSWERED):
+        (place / name).unlink(missing_ok=True)
     return score

@@ -198,7 +198,13 @@ def test_answers_of_an_interrupted_benchmark_are_kept(
     assert result.scores[0].points is None
     assert result.scores[0].missing is not None
     assert "the judge failed" in result.scores[0].missing
+    assert result.scores[0].again
     count = len(asked)
+    # Not for another length of answers, nor for another model.
+    with pytest.raises(DataError, match=r"mia_bench.answers\.json: measured with other settings \(max_new_tokens\)"):
+        measure(["mia_bench"], judge=loopback_judge.options(), max_new_tokens=5)
+    with pytest.raises(DataError, match=r"mia_bench.answers\.json: measured on another model"):
+        measure(["mia_bench", "pope"], judge=loopback_judge.options(), about={"name": "another"})
     loopback_judge.script = by_rule
     assert measure(["mia_bench"], judge=loopback_judge.options()).scores[0].points == pytest.approx(70)
     assert len(asked) == count

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from torch import nn
 
 from kore_fast.errors import DataError
 from kore_fast.evaluation.lmms import BENCHMARKS, EVOKE, RETENTION, Retention, Score, evaluate_retention, harness
 from kore_fast.evaluation.lmms.benchmarks import BenchmarkName
+from kore_fast.evaluation.lmms.identity import fingerprint
 from kore_fast.evaluation.lmms.prompts import pictures_first
+from kore_fast.evaluation.lmms.retention import bind_answers
 
 
 @pytest.fixture
@@ -84,25 +87,75 @@ def test_missing_is_not_zero(installed: None, tmp_path: Path) -> None:
 
 
 def test_a_finished_benchmark_is_kept(installed: None, tmp_path: Path) -> None:
-    settings = {"harness": "lmms-eval 0.7.3", "task": "pope/pope.yaml", "limit": 5, "max_new_tokens": 9, "data": "hub"}
+    model = nn.Linear(1, 1)
+    settings = {
+        "harness": "lmms-eval 0.7.3",
+        "task": "pope/pope.yaml",
+        "limit": 5,
+        "max_new_tokens": 9,
+        "model": {"bf16": False, "loaded_weights": fingerprint(model)},
+        "data": "hub",
+    }
     score = Score("pope", points=50.0, metrics={"pope_f1_score": 0.5}, questions=5)
     (tmp_path / "pope").mkdir()
     (tmp_path / "pope/result.json").write_text(json.dumps({"settings": settings, "score": score.__dict__}))
 
     def measure(**options: Any) -> Retention:
-        return evaluate_retention(nn.Linear(1, 1), None, ["pope"], folder=tmp_path, hub=False, **options)
+        return evaluate_retention(model, None, ["pope"], folder=tmp_path, hub=False, **options)
 
     assert measure(limit=5, max_new_tokens=9).scores == (score,)
     with pytest.raises(DataError, match=r"other settings \(limit, max_new_tokens\)"):
         measure()
+    with torch.no_grad():
+        model.bias += 1
+    for names in (["pope"], ["mme"]):
+        with pytest.raises(DataError, match=r"pope.result\.json: measured on another model \(its loaded weights was"):
+            evaluate_retention(model, None, names, folder=tmp_path, hub=False)
+    with pytest.raises(DataError, match=r"its name was None, is now other"):
+        measure(about={"name": "other"})
+
+
+def test_answers_are_bound_to_whose_they_are(tmp_path: Path) -> None:
+    given = {"model": {"loaded_weights": "a"}, "max_new_tokens": 9, "limit": 3, "judge": "one", "data": "hub"}
+    bind_answers(tmp_path, given)
+    bind_answers(tmp_path, {**given, "limit": None, "judge": "two"})  # no answer depends on these
+    with pytest.raises(DataError, match=r"answers\.json: measured with other settings \(max_new_tokens\)"):
+        bind_answers(tmp_path, {**given, "max_new_tokens": 10})
+    (tmp_path / "answers.json").unlink()
+    (tmp_path / "answers.jsonl").write_text("")
+    with pytest.raises(DataError, match="but not whose"):
+        bind_answers(tmp_path, given)
+
+
+def test_a_model_s_fingerprint() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8))
+    before = fingerprint(plain)
+    assert fingerprint(plain) == before
+    model: Any = get_peft_model(plain, LoraConfig(r=2, target_modules=["0"]))  # type: ignore[arg-type]
+    adapted = fingerprint(model)
+    assert adapted != before
+    with model.disable_adapter():
+        assert fingerprint(model) != adapted
+    assert fingerprint(model) == adapted
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name)[3, 1] = 1
+    assert fingerprint(model) != adapted
+    assert fingerprint(model.bfloat16()) != fingerprint(model.float())
 
 
 def test_refusals(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*names: str, **options: Any) -> Retention:
         return evaluate_retention(nn.Linear(1, 1), None, names, folder=tmp_path, **options)
 
-    with pytest.raises(DataError, match="no benchmark is called mm; there are mme"):
-        measure("mme", "mm")
+    with pytest.raises(DataError, match=r"no benchmark is called MMbenc; did you mean mmbench\?"):
+        measure("mme", "MMbenc")
+    with pytest.raises(DataError, match="no benchmark is called xyz; there are mme, mmbench"):
+        measure("xyz")
+    with pytest.raises(DataError, match="no benchmark is named"):
+        measure()
     with pytest.raises(DataError, match="named twice"):
         measure("mme", "mme")
     with pytest.raises(DataError, match="no such folder"):
