@@ -86,16 +86,22 @@ def _told(folder: Path, root: Path) -> str:
 
 def _convert(options: argparse.Namespace) -> int:
     from kore_fast.data.formats import convert
+    from kore_fast.errors import DataError
 
-    made = convert(
-        options.samples,
-        options.output,
-        options.format,
-        source_format=options.source,
-        image_root=options.images,
-        absolute_images=options.absolute_images,
-        unpack_to=options.unpack,
-    )
+    try:
+        made = convert(
+            options.samples,
+            options.output,
+            options.format,
+            source_format=options.source,
+            image_root=options.images,
+            absolute_images=options.absolute_images,
+            unpack_to=options.unpack,
+        )
+    except DataError as error:
+        if options.images is None and "no image" in str(error):
+            raise DataError(f"{error}; if the pictures lie in another folder, name it with --images DIR") from None
+        raise
     unpacked = f", {made.unpacked:,} pictures unpacked" if made.unpacked else ""
     print(f"{made.samples:,} samples from {made.source_format} to {made.format}{unpacked}: {options.output}")
     return 0

@@ -463,6 +463,7 @@ class Recipe(Section):
         for name, source in (self.covariance.sources if self.covariance else {}).items():
             key = f"covariance.sources.{name}"
             given |= {f"{key}.file": source.file, f"{key}.images": source.images}
+        given["evaluation.evoke"] = self.evaluation.evoke
         if self.evaluation.retention is not None:
             given["evaluation.retention.data"] = self.evaluation.retention.data
         return {key: path for key, path in given.items() if path is not None}

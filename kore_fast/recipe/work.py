@@ -291,7 +291,9 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
     from kore_fast.modules.loading import load_model
 
     options, old = recipe.evaluation, recipe.old_knowledge
-    questions = read_questions(run / "augment" / "questions.jsonl")
+    held_out = run / "augment" / "questions.jsonl"
+    # Items without facts, such as EVOKE's, give none.
+    questions = read_questions(held_out) if held_out.stat().st_size else []
     suite = Suite(
         questions=sample(questions, options.questions, recipe.evaluation.seed),
         image_root=recipe.resolve(recipe.items).parent,

@@ -17,6 +17,7 @@ from python_tests.augmentation.language.server import Reply, Server
 from python_tests.constraint.test_official import llava_layout, split, write
 from python_tests.data.test_evoke import build
 
+STUDIES = ("tiny_vlm_study", "tiny_vlm_experiments")
 STUDY = {"seeds": [0], "match": "lora", "results": "results"}
 
 
@@ -41,9 +42,9 @@ def whole_place(
     from kore_fast.modules.loading import load_model
 
     place = tmp_path_factory.mktemp("place")
-    for name in ("quickstart", "llava_v1_5_7b", "tiny_vlm_study"):
+    for name in ("quickstart", "llava_v1_5_7b", *STUDIES):
         values = {**tiny_recipe, "name": name}
-        if name == "tiny_vlm_study":
+        if name in STUDIES:
             values["study"] = STUDY
         (place / "recipes" / name).mkdir(parents=True)
         (place / "recipes" / name / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -101,12 +102,12 @@ def server() -> Iterator[Server]:
 
 
 def keep_scores(place: Path) -> None:
-    """As if the jobs of the study had run: their scores are kept."""
-    file = place / "recipes" / "tiny_vlm_study" / "recipe.yaml"
-    run = place / "runs" / "tiny_vlm_study"
-    recipe = load_recipe(file)
-    runner = _Runner(file, recipe, run, (), 1, 0.0, print)
-    runner._keep(run / "evaluate" / "base" / "scores.json", runner.base, {"method": "base"})
-    for job in jobs_of(recipe):
-        scores = run / "evaluate" / job.method / "scores.json"
-        runner._keep(scores, runner._kept(job), {"method": job.method}, runner._made_from(job))
+    """As if the jobs of the studies had run: their scores are kept."""
+    for name in STUDIES:
+        file, run = place / "recipes" / name / "recipe.yaml", place / "runs" / name
+        recipe = load_recipe(file)
+        runner = _Runner(file, recipe, run, (), 1, 0.0, print)
+        runner._keep(run / "evaluate" / "base" / "scores.json", runner.base, {"method": "base"})
+        for job in jobs_of(recipe):
+            scores = run / "evaluate" / job.method / "scores.json"
+            runner._keep(scores, runner._kept(job), {"method": job.method}, runner._made_from(job))

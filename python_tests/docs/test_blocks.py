@@ -16,7 +16,7 @@ from pydantic import ValidationError
 import kore_fast as kf
 from kore_fast.data.items import Item
 from kore_fast.modules.loading import load_model
-from kore_fast.recipe.schema import EvaluationSection, Recipe, load_recipe
+from kore_fast.recipe.schema import Recipe, load_recipe
 from python_tests.docs.pages import PAGES, ROOT, Found, blocks, inline_keys
 
 # What is as wide as a real model on the pages, and fits none of the tiny one's layers.
@@ -128,8 +128,6 @@ INLINE = [found for page in PAGES for found in inline_keys(page) if of_a_recipe(
 def test_pieces_of_recipes_in_the_text(found: Found, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     piece = of_a_recipe(found)
     assert piece is not None
-    if "retention" in piece.get("evaluation", {}) and "retention" not in EvaluationSection.model_fields:
-        pytest.skip("the benchmarks come to recipes from another branch")
     laid_over(tiny_recipe, piece, tmp_path)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kore_fast.cli import STAGES, main
+from kore_fast.cli import main
+from kore_fast.recipe.stages import KINDS
 from python_tests.augmentation.language.server import Server
 from python_tests.docs.conftest import keep_scores
 from python_tests.docs.pages import PAGES, ROOT, Found, commands, inline_commands
@@ -57,8 +58,8 @@ ELSEWHERE: dict[str, tuple[str, list[str]]] = {
         "python_tests/recipes/test_paper_recipes.py",
         ["def test_it_runs_in_small", 'main(["run", str(path)'],
     ),
-    "kore-fast evaluate --benchmarks": ("python_tests/test_cli_retention.py", ["--benchmarks"]),
-    "kore-fast evaluate --vlmevalkit": ("python_tests/test_cli_retention.py", ["--vlmevalkit"]),
+    "kore-fast evaluate --benchmarks": ("python_tests/test_cli_benchmarks.py", ["--benchmarks"]),
+    "kore-fast evaluate --vlmevalkit": ("python_tests/test_cli_benchmarks.py", ["--vlmevalkit"]),
 }
 """Beginning of a command that takes hours, other machines or other programs → the file that runs it or what is behind
 it, with words that stand in that file. ``N`` is any number; variables before a command do not count."""
@@ -136,7 +137,7 @@ def test_a_command(text: str, found: Found, place: Path, server: Server, monkeyp
         return
     recipe = next((Path(word).name for word in rest if word.startswith("recipes/")), None)
     run = place / "runs" / (recipe or "none")
-    if command in STAGES:
+    if command in KINDS:
         # What it would make is made anew; what it starts from is there.
         method = rest[rest.index("--method") + 1] if "--method" in rest else ""
         shutil.rmtree(run / command / method, ignore_errors=True)

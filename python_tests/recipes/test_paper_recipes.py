@@ -47,6 +47,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory, knowledge_folder: Path) ->
 
 def in_small(recipe: Recipe, model: Path, samples: Path, knowledge: Path) -> dict[str, str]:
     """What is changed: model and data, and ranks and steps to fit; everything else stays the recipe's."""
+    evoke = knowledge / "evoke_evaluation_data.jsonl"
+    question = {"question_id": "item-0", "image": "images/red.png", "text": "Where does it live?", "answer": "hills"}
+    evoke.write_text(json.dumps({**question, "type": "home", "cnn_wiki_type": "wiki"}) + "\n")
     changed: dict[str, object] = {
         "model.path": str(model),
         "model.config": None,
@@ -58,6 +61,7 @@ def in_small(recipe: Recipe, model: Path, samples: Path, knowledge: Path) -> dic
         "evaluation.questions": 4,
         "evaluation.capitals": False,
         "evaluation.max_new_tokens": 4,
+        "evaluation.evoke": str(evoke),
         "augmentation.language_model": None,
         "augmentation.image_search": None,
         "augmentation.clip": None,
