@@ -182,10 +182,12 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
     """Start and samples → a trained adapter (or a whole model), and the loss log."""
     from kore_fast.data.conversations import ConversationDataset
     from kore_fast.training.cost import measured
-    from kore_fast.training.loop import TrainingOptions, last_whole_checkpoint, train, write_loss
+    from kore_fast.training.loop import TrainingOptions, check_spread, last_whole_checkpoint, train, write_loss
 
     data, root = samples_file(recipe, run, method), image_root(recipe, run, method)
     checkpoints, way = folder / "checkpoints", method.way
+    # Before the model is loaded, or a Fisher taken.
+    check_spread(way, checkpoints, adds_terms=method.ewc is not None or method.lwf is not None)
     processor, base = processor_of(recipe), base_model(recipe, accelerated=False)
     old = old_samples(recipe, processor, run / "covariance") if method.old_samples else []
     dataset = ConversationDataset(processor, chosen_samples(method, data, root), root, old if method.replay else ())
@@ -265,6 +267,7 @@ def _save_trained(way: TrainingMethod, model: nn.Module, folder: Path, start: Pa
     from kore_fast.modules.adapter import KorePeftModel, adapter_state
     from kore_fast.modules.saving import save_kore_adapter
     from kore_fast.modules.sharding import is_sharded, plain_name, whole
+    from kore_fast.training.methods.interface import remove_model_card
 
     if not is_sharded(model):
         if first_rank():
@@ -273,6 +276,7 @@ def _save_trained(way: TrainingMethod, model: nn.Module, folder: Path, start: Pa
         return
     if isinstance(model, KorePeftModel):
         save_kore_adapter(model, folder)
+        Ranks().by_first(partial(remove_model_card, folder))
         return
     if isinstance(model, PeftModel):
         state = adapter_state(model)
@@ -280,6 +284,7 @@ def _save_trained(way: TrainingMethod, model: nn.Module, folder: Path, start: Pa
         state = {plain_name(name): whole(p).detach().cpu() for name, p in model.named_parameters()}
     if first_rank():
         model.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+        remove_model_card(folder)
     wait_for_ranks()
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,9 @@ from kore_fast.training.methods import METHODS, TrainingMethod
 from kore_fast.training.retention.terms import Batch, Term
 
 LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-_CHECKPOINT_FILES = ("*model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth")
+_CHECKPOINT_FILES = ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+# Methods that were compared with one process where FSDP2 or ZeRO-3 spread the parameters over processes.
+_SPREADABLE = ("full", "kore", "lora", "mica")
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class _Trainer(Trainer):
         count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE).sum()
         loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / count
         processes = place_among_ranks()[1]
-        batches = self.args.gradient_accumulation_steps * processes
         for term in self.terms:
+            batches = self.args.gradient_accumulation_steps * processes
             loss = loss + term(Batch(self.model, inputs, logits, targets != IGNORE, count, batches))
         # ``count`` is of all processes, whose gradients are averaged.
         loss = loss * processes
@@ -185,11 +188,12 @@ def train(
         The loss log: a row of `LOSS_COLUMNS` every few steps.
 
     Raises:
-        ConstraintError: weight decay on a KORE adapter; A changed; a loss that is no number.
+        ConstraintError: weight decay on a KORE adapter; A changed; a loss that is no number; what `check_spread` finds.
     """
     folder = Path(folder)
     # KORE's and LoRA's differ in their start only.
     method = method or METHODS["lora" if isinstance(model, PeftModel) else "full"]
+    check_spread(method, folder, adds_terms=bool(terms))
     method.check(model, options)
     rank, processes = place_among_ranks()
     lengths = _lengths(dataset, rank, processes)
@@ -207,6 +211,8 @@ def train(
     steps = [[index for batch in order[at : at + options.accumulation] for index in batch] for at in firsts]
     at_a_time, rounds = share_of_step(per_step, options.per_device or options.batch_size, processes)
     dataset.order = slots(steps, [*lengths, *old_lengths], at_a_time * rounds, processes)
+    if spread_by():
+        _refuse_uneven_pictures(dataset, at_a_time, processes)
     pad = tokenizer_of(dataset.processor).pad_token_id
 
     def collator(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
@@ -249,8 +255,6 @@ def train(
             *([KoreCallback()] if processes > 1 and isinstance(model, KorePeftModel) else []),
         ],
     )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        _refuse_to_continue(folder)
     trainer.options, trainer.method, trainer.terms = options, method, terms
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -273,12 +277,58 @@ def train(
     ]
 
 
-def _refuse_to_continue(folder: Path) -> None:
-    left = next(folder.glob("checkpoint-*"), None)
+def spread_by() -> str | None:
+    """What `accelerate launch` was told to spread the parameters with; None where every process has them whole."""
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP2"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            return name
+    return None
+
+
+def check_spread(method: TrainingMethod, checkpoints: Path, *, adds_terms: bool = False) -> None:
+    """Whether the parameters may be spread over processes as `accelerate launch` was told to.
+
+    Args:
+        checkpoints: the folder that `train` is given.
+        adds_terms: EWC or LwF is added to the loss.
+
+    Raises:
+        ConstraintError: FSDP's first version; a method or a term that needs whole weights; an interrupted run's
+            checkpoints.
+    """
+    by = spread_by()
+    if by is None:
+        return
+    if by == "FSDP2" and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConstraintError("FSDP's first version flattens A together with what is trained: set fsdp_version: 2")
+    ddp = "train under DDP (recipes/accelerate/ddp.yaml), where every process has the whole model"
+    if method.kind not in _SPREADABLE:
+        raise ConstraintError(
+            f"{method.title} (kind {method.kind!r}) needs whole weights, which {by} spreads over processes: {ddp}"
+        )
+    if adds_terms:
+        raise ConstraintError(f"EWC and LwF need whole weights, which {by} spreads over processes: {ddp}")
+    left = next(iter(sorted(checkpoints.glob("checkpoint-*"))), None)
     if left is not None:
         raise ConstraintError(
-            f"{left}: left by an interrupted run; training that FSDP2 or ZeRO-3 spread over processes cannot continue "
-            f"from there yet. Move {folder} away to start anew, or train under DDP, which continues"
+            f"{left}: left by an interrupted run; training that {by} spreads over processes cannot continue from "
+            f"there. Move {checkpoints} away to start anew, or {ddp} and a run continues"
+        )
+
+
+def _refuse_uneven_pictures(dataset: ConversationDataset, at_a_time: int, processes: int) -> None:
+    """Processes that gather each other's parameters wait for ever where one passes through the projector and another,
+    without pictures, does not."""
+    shows = [bool(sample.images) for sample in dataset.samples]
+    shows += [encoded.pixel_values is not None for encoded in dataset.old]
+    batches = [dataset.order[at : at + at_a_time] for at in range(0, len(dataset.order), at_a_time)]
+    shown = [any(shows[i if i >= 0 else ~i] for i in batch) for batch in batches]
+    rounds = [shown[at : at + processes] for at in range(0, len(shown), processes)]
+    if any(len(set(of_all)) > 1 for of_all in rounds):
+        raise ConstraintError(
+            "some samples have pictures and others (replayed ones too) have none, so that a process may pass by the "
+            f"vision tower that the others wait for under {spread_by()}: give every sample a picture, or train under "
+            "DDP (recipes/accelerate/ddp.yaml)"
         )
 
 
