@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,32 @@ def test_the_new_null_space_leaks_less_of_what_was_injected(second: Path) -> Non
     # Of 32 directions 8 are to be free of four kinds of input: not zero, but far less.
     assert sum(leaks["updated"]) < 0.75 * sum(leaks["forgetful"])
     assert max(leaks["updated"]) < 0.3
+
+
+def test_few_tokens_that_weigh_much_leak_nothing(
+    finished: Path, knowledge_folder: Path, second: Path, tmp_path: Path
+) -> None:
+    """Two answers of a few tokens span fewer directions than the width leaves free: 8 of 32 can avoid them all."""
+    turns = [{"from": "human", "value": "Is it so?"}, {"from": "gpt", "value": "Yes."}]
+    few = [{"id": f"s{n}", "conversations": [{**turns[0], "value": "Is it so" + "?" * n}, turns[1]]} for n in (1, 2)]
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    (tmp_path / "recipe.yaml").write_text((finished / "recipe.yaml").read_text())
+    source = f"kind: samples, file: {tmp_path / 'few.json'}, weight: 1e6, positions: {{ prompt: 0 }}"
+    (tmp_path / "few.yaml").write_text(SECOND.format(run=finished / "run", first=f", first: {{ {source} }}"))
+    for stage in ("augment", "covariance", "init"):
+        assert main([stage, str(tmp_path / "few.yaml"), "--run", str(tmp_path / "run")]) == 0
+    store = CovarianceStore.load(tmp_path / "run" / "covariance")
+    only = {**dict.fromkeys(store.sources, 0.0), "first": 1.0}
+    leaks = {}
+    for name, run in {"updated": tmp_path / "run", "forgetful": second / "forgetful"}.items():
+        A = read_adapter(run / "init" / "kore").A
+        assert {len(factor) for factor in A.values()} == {8}
+        weights = {layer: torch.zeros(1, A[layer].shape[1]) for layer in A}
+        leaks[name] = [leak.leak for leak in leak_report(A, weights, store, only)]
+    spans = [int(torch.linalg.matrix_rank(store.covariance(group, only), rtol=1e-6)) for group in store.groups]
+    assert max(spans) <= 32 - 8
+    assert max(leaks["updated"]) < 1e-3
+    assert min(leaks["forgetful"]) > 10 * max(leaks["updated"])
 
 
 def test_what_was_injected_moves_less_with_the_update(second: Path, finished: Path, knowledge_folder: Path) -> None:
