@@ -19,6 +19,7 @@ from kore_fast.cli import main
 from kore_fast.constraint import CovarianceStore
 from python_tests.constraint.stack import PYTHONPATH
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 COMMAND = ("-m", "kore_fast")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
@@ -156,6 +157,37 @@ def test_two_processes_train_what_one_trains(finished: Path, tmp_path: Path) -> 
             assert torch.equal(second[key], value)
         else:
             assert float((second[key] - value).norm()) < 1e-2 * float(value.norm()), key
+
+
+@pytest.mark.slow
+def test_accelerate_launches_what_torchrun_does(finished: Path, tmp_path: Path) -> None:
+    """With the configuration for GPUs, two processes on the CPUs. (``--cpu`` would make it one, with no torchrun.)"""
+    for name in ("torchrun", "accelerate"):
+        for stage in ("augment", "init", "covariance"):
+            shutil.copytree(finished / "run" / stage, tmp_path / name / stage)
+    assert launch(["train", finished, "--run-dir", tmp_path / "torchrun", "--method=kore"]).returncode == 0
+    given = ["--config_file", RECIPES / "accelerate" / "ddp.yaml", "--num_processes=2", "--mixed_precision=no"]
+    given += ["--num_cpu_threads_per_process=1", "--main_process_port=0", *COMMAND, "train", finished]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *given,
+            "--run-dir",
+            tmp_path / "accelerate",
+            "--method=kore",
+        ],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("train kore: 100%") == 1
+    wanted, found = (tree(tmp_path / name / "train" / "kore") for name in ("torchrun", "accelerate"))
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if wanted[name] != found[name]] == []
 
 
 def test_what_is_not_shared_is_refused(finished: Path, tmp_path: Path) -> None:
