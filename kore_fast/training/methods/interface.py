@@ -89,6 +89,9 @@ class TrainingMethod(ABC):
 
         Returns:
             The base with the adapter as it starts, for a look at its A.
+
+        Raises:
+            NotImplementedError: of a method that does not start from an "adapter"; nobody asks one that.
         """
         raise NotImplementedError(f"{self.kind} has no start of its own")
 
@@ -119,7 +122,11 @@ class TrainingMethod(ABC):
         """
 
     def as_base(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within it the model computes what the untouched base does, where the method `shows_base`."""
+        """Within it the model computes what the untouched base does.
+
+        Raises:
+            NotImplementedError: of a method whose `shows_base` is false; who needs the base loads it again.
+        """
         raise NotImplementedError(f"{self.kind}: only a second copy of the base computes what the base does")
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""How fast requests go out, and how fast answers that are there already come back. Slow: run with -m slow."""
+"""How fast requests go out. Slow: run with -m slow. How fast answers come back: test_pipeline_scale.py."""
 
 from __future__ import annotations
 
