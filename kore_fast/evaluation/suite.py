@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ class Suite:
     questions: Sequence[Question] = ()
     """About the new knowledge, in wordings that were not trained on."""
     image_root: Path = Path()
+    earlier: Sequence[Question] = ()
+    """About what an earlier run injected, which is old knowledge now."""
+    earlier_root: Path = Path()
     capitals: Sequence[PlainQuestion] = ()
     texts: Sequence[Text] = ()
     text_tokens: int = 128
@@ -108,13 +112,11 @@ def evaluate(
 
     held_out: list[Encoded] = []
     if suite.questions:
-        rows = _part(folder / "questions.jsonl", lambda: _questions(suite, answers))
-        for form, prefix in (("by_name", "adaptation"), ("by_picture", "by_picture")):
-            chosen = [row for row in rows if row["form"] in (form, None if form == "by_name" else form)]
-            if chosen:
-                metrics[f"{prefix}_cem"] = share([row["cem"] for row in chosen])
-                metrics[f"{prefix}_cem_corrected"] = share([row["cem_corrected"] for row in chosen])
-                metrics[f"{prefix}_f1"] = mean([row["f1"] for row in chosen])
+        asked = partial(_questions, suite.questions, suite.image_root, "questions.jsonl", "new knowledge", answers)
+        metrics |= _scored(_part(folder / "questions.jsonl", asked), by_name="adaptation", by_picture="by_picture")
+    if suite.earlier:
+        asked = partial(_questions, suite.earlier, suite.earlier_root, "earlier.jsonl", "earlier knowledge", answers)
+        metrics |= _scored(_part(folder / "earlier.jsonl", asked), by_name="earlier", by_picture="earlier_by_picture")
     if suite.capitals:
         rows = _part(folder / "capitals.jsonl", lambda: _capitals(suite, answers))
         metrics["capitals"] = share([row["cem"] for row in rows])
@@ -185,11 +187,21 @@ def _journal(path: Path) -> Path:
     return path.with_suffix(".partial.jsonl")
 
 
-def _questions(suite: Suite, answers: Answers) -> list[Row]:
-    prompts = [
-        Prompt(q.text, inside(suite.image_root, q.image), f"question {q.question_id!r}") for q in suite.questions
-    ]
-    found = answers("questions.jsonl", [q.question_id for q in suite.questions], prompts, "new knowledge")
+def _scored(rows: Sequence[Row], *, by_name: str, by_picture: str) -> dict[str, Metric]:
+    """The figures of answered questions, with a prefix for each form."""
+    metrics: dict[str, Metric] = {}
+    for prefix, forms in ((by_name, ("by_name", None)), (by_picture, ("by_picture",))):
+        chosen = [row for row in rows if row["form"] in forms]
+        if chosen:
+            metrics[f"{prefix}_cem"] = share([row["cem"] for row in chosen])
+            metrics[f"{prefix}_cem_corrected"] = share([row["cem_corrected"] for row in chosen])
+            metrics[f"{prefix}_f1"] = mean([row["f1"] for row in chosen])
+    return metrics
+
+
+def _questions(questions: Sequence[Question], root: Path, part: str, label: str, answers: Answers) -> list[Row]:
+    prompts = [Prompt(q.text, inside(root, q.image), f"question {q.question_id!r}") for q in questions]
+    found = answers(part, [q.question_id for q in questions], prompts, label)
     return [
         {
             "question_id": question.question_id,
@@ -202,7 +214,7 @@ def _questions(suite: Suite, answers: Answers) -> list[Row]:
             "cem_corrected": cover_exact_match_corrected(prediction, question.answer),
             "f1": token_f1(prediction, question.answer),
         }
-        for question, prediction in zip(suite.questions, found, strict=True)
+        for question, prediction in zip(questions, found, strict=True)
     ]
 
 

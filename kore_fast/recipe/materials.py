@@ -85,6 +85,13 @@ def earlier_covariance(recipe: Recipe) -> Path:
     return recipe.resolve(recipe.after.run) / "covariance"
 
 
+def earlier_questions(recipe: Recipe) -> tuple[Path | None, Path]:
+    """The earlier run's held-out questions, and the folder of their pictures; None where they are not asked again."""
+    if recipe.after is None or recipe.after.images is None:
+        return None, Path()
+    return recipe.resolve(recipe.after.run) / "augment" / "questions.jsonl", recipe.resolve(recipe.after.images)
+
+
 def processor_of(recipe: Recipe) -> Any:
     """The model's processor, or tokenizer."""
     from kore_fast.modules.loading import load_processor

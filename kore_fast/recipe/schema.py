@@ -342,6 +342,8 @@ class After(Section):
     """Of that run: the adapter that is in the model from the start."""
     weights: dict[str, Annotated[Number, Field(ge=0)]] = {}
     """Of that run's covariance sources; default 1 each."""
+    images: Path | None = None
+    """The folder that the pictures of its questions are below. With it they are asked again: what became of them?"""
 
 
 class StudyJob(Section):
@@ -459,7 +461,7 @@ class Recipe(Section):
         if self.samples is not None:
             given |= {"samples.file": self.samples.file, "samples.images": self.samples.images}
         if self.after is not None:
-            given["after.run"] = self.after.run
+            given |= {"after.run": self.after.run, "after.images": self.after.images}
         for name, source in (self.covariance.sources if self.covariance else {}).items():
             key = f"covariance.sources.{name}"
             given |= {f"{key}.file": source.file, f"{key}.images": source.images}

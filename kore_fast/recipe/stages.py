@@ -10,10 +10,17 @@ from kore_fast.augmentation.foresight import rough_seconds
 from kore_fast.augmentation.plan import AugmentationPlan
 from kore_fast.data.evoke import read_evoke_questions
 from kore_fast.data.items import load_items
+from kore_fast.data.questions import read_questions
 from kore_fast.errors import DataError
 from kore_fast.files import inside, read_jsonl
 from kore_fast.recipe import work
-from kore_fast.recipe.materials import earlier_adapter, earlier_covariance, samples_file, targets_key
+from kore_fast.recipe.materials import (
+    earlier_adapter,
+    earlier_covariance,
+    earlier_questions,
+    samples_file,
+    targets_key,
+)
 from kore_fast.recipe.retention import benchmark_files, to_try_again
 from kore_fast.recipe.runner import Stage
 from kore_fast.recipe.schema import BASE, Method, Recipe
@@ -155,6 +162,7 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
             run / "augment" / "questions.jsonl",
             *_pictures_of(recipe.resolve(recipe.items)),
             *_read(recipe, *old),
+            *_earlier(recipe),
             *_evoke(recipe),
             *benchmark_files(recipe),
             *trained,
@@ -173,6 +181,17 @@ def _measured(recipe: Recipe) -> dict[str, object]:
     if options["retention"] is None:
         del options["retention"]  # what was measured before there were benchmarks stays
     return options
+
+
+def _earlier(recipe: Recipe) -> list[Path]:
+    """The questions of an earlier run that are asked again, and their pictures."""
+    file, root = earlier_questions(recipe)
+    if file is None:
+        return []
+    if not file.is_file():
+        return [file]
+    asked = read_questions(file) if file.stat().st_size else []
+    return [file, *(inside(root, image) for image in sorted({question.image for question in asked}))]
 
 
 def _evoke(recipe: Recipe) -> list[Path]:

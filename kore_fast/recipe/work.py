@@ -28,6 +28,7 @@ from kore_fast.recipe.materials import (
     chosen_samples,
     earlier_adapter,
     earlier_covariance,
+    earlier_questions,
     image_root,
     processor_of,
     samples_file,
@@ -291,17 +292,23 @@ def _save_trained(way: TrainingMethod, model: nn.Module, folder: Path, start: Pa
 def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder: Path, progress: Progress) -> None:
     """A model → its predictions and scores.json."""
     from kore_fast.data.old_knowledge import capital_questions, read_pictures, read_texts, sample
-    from kore_fast.data.questions import read_questions
+    from kore_fast.data.questions import Question, read_questions
     from kore_fast.evaluation.suite import Suite, evaluate
     from kore_fast.modules.loading import load_model
 
     options, old = recipe.evaluation, recipe.old_knowledge
-    held_out = run / "augment" / "questions.jsonl"
-    # Items without facts, such as EVOKE's, give none.
-    questions = read_questions(held_out) if held_out.stat().st_size else []
+
+    def questions(file: Path) -> list[Question]:
+        # Items without facts, such as EVOKE's, give none.
+        found = read_questions(file) if file.stat().st_size else []
+        return sample(found, options.questions, recipe.evaluation.seed)
+
+    earlier, earlier_root = earlier_questions(recipe)
     suite = Suite(
-        questions=sample(questions, options.questions, recipe.evaluation.seed),
+        questions=questions(run / "augment" / "questions.jsonl"),
         image_root=recipe.resolve(recipe.items).parent,
+        earlier=questions(earlier) if earlier else (),
+        earlier_root=earlier_root,
         capitals=capital_questions() if options.capitals else (),
         texts=sample(read_texts(recipe.resolve(old.texts), held_out=True), options.texts, recipe.evaluation.seed)
         if old.texts

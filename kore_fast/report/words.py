@@ -30,6 +30,7 @@ class MetricWords:
 
 
 _ADAPTATION = ("Adaptation", True, True)
+_EARLIER = ("What an earlier run injected", True, True)
 _BENCHMARKS = {
     "mme": "MME",
     "mmbench": "MMBench",
@@ -60,6 +61,23 @@ METRICS = (
     MetricWords("evoke_cem_corrected", "EVOKE, corrected CEM", "EVOKE, CEM corr.", *_ADAPTATION),
     MetricWords("evoke_f1", "EVOKE, F1", "EVOKE, F1", *_ADAPTATION),
     MetricWords("evoke_ka", "EVOKE, K.A = (CEM + F1) / 2", "EVOKE, K.A", *_ADAPTATION),
+    MetricWords("earlier_cem", "facts of the run before, by name, CEM", "earlier facts, CEM", *_EARLIER),
+    MetricWords("earlier_f1", "facts of the run before, by name, F1", "earlier facts, F1", *_EARLIER),
+    MetricWords(
+        "earlier_cem_corrected", "facts of the run before, by name, corrected CEM", "earlier, CEM corr.", *_EARLIER
+    ),
+    MetricWords(
+        "earlier_by_picture_cem", "facts of the run before, by picture, CEM", "earlier, by picture, CEM", *_EARLIER
+    ),
+    MetricWords(
+        "earlier_by_picture_f1", "facts of the run before, by picture, F1", "earlier, by picture, F1", *_EARLIER
+    ),
+    MetricWords(
+        "earlier_by_picture_cem_corrected",
+        "facts of the run before, by picture, corrected CEM",
+        "earlier, by picture, CEM corr.",
+        *_EARLIER,
+    ),
     MetricWords("capitals", "capitals of the world", "capitals", "Retention", True, True),
     MetricWords("picture_naming", "picture naming", "picture naming", "Retention", True, True),
     MetricWords("wikipedia_loss", "held-out Wikipedia loss, nats a token", "Wikipedia loss", "Retention", False, False),

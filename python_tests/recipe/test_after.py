@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,18 @@ from kore_fast.constraint import CovarianceStore
 from kore_fast.constraint.leak import leak_report
 from kore_fast.data.conversations import collate, encode_sample
 from kore_fast.data.samples import read_samples
+from kore_fast.files import read_json, read_jsonl
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.adapter_files import read_adapter
 from kore_fast.modules.combining import combine_adapters
 from kore_fast.modules.loading import load_model, load_processor
+from kore_fast.recipe.materials import earlier_questions
 from kore_fast.recipe.schema import load_recipe
 
 SECOND = """
 extends: recipe.yaml
 name: second
-after: {{ run: {run} }}
+after: {{ run: {run}, images: {images} }}
 covariance:
   sources: {{ text: null, chat: null, pictures: null{first} }}
 methods: {{ lora: null, kore: {{ learning_rate: 3e-2 }} }}
@@ -40,7 +43,8 @@ def second(tmp_path_factory: pytest.TempPathFactory, finished: Path, knowledge_f
     samples = finished / "run" / "augment" / "samples.json"
     first = f", first: {{ kind: samples, samples: 64, file: {samples}, images: {knowledge_folder}, weight: 3 }}"
     for name, source in (("updated", first), ("forgetful", "")):
-        (folder / f"{name}.yaml").write_text(SECOND.format(run=finished / "run", first=source))
+        text = SECOND.format(run=finished / "run", images=knowledge_folder, first=source)
+        (folder / f"{name}.yaml").write_text(text)
         for stage in ("augment", "covariance", "init", "train"):
             assert main([stage, str(folder / f"{name}.yaml"), "--run", str(folder / name)]) == 0
     return folder
@@ -84,7 +88,8 @@ def test_few_tokens_that_weigh_much_leak_nothing(
     (tmp_path / "few.json").write_text(json.dumps(few))
     (tmp_path / "recipe.yaml").write_text((finished / "recipe.yaml").read_text())
     source = f"kind: samples, file: {tmp_path / 'few.json'}, weight: 1e6, positions: {{ prompt: 0 }}"
-    (tmp_path / "few.yaml").write_text(SECOND.format(run=finished / "run", first=f", first: {{ {source} }}"))
+    text = SECOND.format(run=finished / "run", images=knowledge_folder, first=f", first: {{ {source} }}")
+    (tmp_path / "few.yaml").write_text(text)
     for stage in ("augment", "covariance", "init"):
         assert main([stage, str(tmp_path / "few.yaml"), "--run", str(tmp_path / "run")]) == 0
     store = CovarianceStore.load(tmp_path / "run" / "covariance")
@@ -137,3 +142,48 @@ def test_scalings_and_ranks_of_both_go_into_one(finished: Path, tmp_path: Path) 
     for name in ranks:
         wanted = sum(a.scalings()[name] * (a.B[name] @ a.A[name]) for a in (one, two))
         torch.testing.assert_close(both.scalings()[name] * (both.B[name] @ both.A[name]), wanted)
+
+
+def test_the_earlier_questions_are_asked_again(second: Path, finished: Path, tmp_path: Path) -> None:
+    """Of the second run's base, which is the first run's model, and of what it became."""
+    run = tmp_path / "run"
+    shutil.copytree(second / "updated", run)
+    assert main(["evaluate", str(second / "updated.yaml"), "--run", str(run)]) == 0
+    before = [row for _, row in read_jsonl(finished / "run" / "evaluate" / "kore" / "questions.jsonl")]
+    for name in ("base", "kore"):
+        asked = [row for _, row in read_jsonl(run / "evaluate" / name / "earlier.jsonl")]
+        assert [row["question_id"] for row in asked] == [row["question_id"] for row in before]
+        metrics = read_json(run / "evaluate" / name / "scores.json")["metrics"]
+        for form, prefix in (("by_name", "earlier"), ("by_picture", "earlier_by_picture")):
+            right = [row["cem"] for row in asked if row["form"] == form]
+            assert metrics[f"{prefix}_cem"]["value"] == pytest.approx(sum(right) / len(right))
+    # A merged adapter answers as the adapter beside its base.
+    asked = [row for _, row in read_jsonl(run / "evaluate" / "base" / "earlier.jsonl")]
+    assert [row["prediction"] for row in asked] == [row["prediction"] for row in before]
+
+
+def test_without_their_pictures_they_are_not(second: Path, tmp_path: Path) -> None:
+    text = (second / "updated.yaml").read_text()
+    head, images = text.split(", images: ", 1)
+    (tmp_path / "recipe.yaml").write_text((second / "recipe.yaml").read_text())
+    (tmp_path / "plain.yaml").write_text(f"{head} }}\n{images.partition(chr(10))[2]}")
+    assert earlier_questions(load_recipe(tmp_path / "plain.yaml")) == (None, Path())
+    file, _ = earlier_questions(load_recipe(second / "updated.yaml"))
+    assert file is not None
+    assert file.name == "questions.jsonl"
+
+
+def test_earlier_questions_that_are_gone_are_named(
+    second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load_recipe(second / "updated.yaml").after
+    assert run is not None
+    (tmp_path / "earlier" / "augment").mkdir(parents=True)
+    for part in ("covariance", "train"):
+        (tmp_path / "earlier" / part).symlink_to(run.run / part)
+    (tmp_path / "recipe.yaml").write_text((second / "recipe.yaml").read_text())
+    text = (second / "updated.yaml").read_text().replace(str(run.run), str(tmp_path / "earlier"), 1)
+    (tmp_path / "gone.yaml").write_text(text)
+    shutil.copytree(second / "updated", tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "gone.yaml"), "--run", str(tmp_path / "run")]) == 1
+    assert "questions.jsonl is not there" in capsys.readouterr().err
