@@ -13,23 +13,21 @@ import json
 import os
 import re
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kore_fast.endpoint.packages import needed
 from kore_fast.errors import DataError
 
 UNREADABLE_SHARE = 0.1
 """With a larger share of answers that cannot be read, the benchmark is missing."""
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 class Judge(BaseModel):
@@ -85,7 +83,7 @@ class Judging:
 
 
 @contextmanager
-def judging(judge: Judge, readable: str, cache: Path, *, pause: float = 2.0) -> Iterator[Judging]:
+def judging(judge: Judge, readable: str, cache: Path) -> Iterator[Judging]:
     """Stand between lmms-eval's tasks and the judge while the block runs.
 
     Sets the environment variables that the tasks read, for the block only. The tasks' modules must be imported after
@@ -94,10 +92,9 @@ def judging(judge: Judge, readable: str, cache: Path, *, pause: float = 2.0) -> 
     Args:
         readable: a regular expression; answers without a match are counted as not readable.
         cache: JSON lines; what stands there is not asked again, what is answered is added.
-        pause: seconds before the second attempt, doubled each time.
     """
     record = Judging(readable)
-    answers = _Answers(judge, cache, record, pause)
+    answers = _Answers(judge, cache, record)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -150,9 +147,10 @@ def environment(**values: str) -> Iterator[None]:
 
 
 class _Answers:
-    def __init__(self, judge: Judge, cache: Path, record: Judging, pause: float) -> None:
-        self.judge, self.cache, self.record, self.pause = judge, cache, record, pause
+    def __init__(self, judge: Judge, cache: Path, record: Judging) -> None:
+        self.judge, self.cache, self.record = judge, cache, record
         self.key = judge.key()
+        self.openai = needed("openai")
         self.known: dict[str, dict[str, Any]] = {}
         if cache.exists():
             for line in cache.read_text(encoding="utf-8").splitlines():
@@ -184,27 +182,29 @@ class _Answers:
             self.record.unreadable += re.search(self.record.readable, text) is None
         return answer
 
+    @cached_property
+    def client(self) -> Any:
+        """It sends again what a busy or failing server did not answer, and obeys Retry-After."""
+        return self.openai.OpenAI(
+            base_url=self.judge.base_url,
+            api_key=self.key or "none",
+            timeout=self.judge.timeout,
+            max_retries=self.judge.attempts - 1,
+        )
+
     def _ask(self, payload: dict[str, Any]) -> dict[str, Any] | None:
-        url = f"{self.judge.base_url.rstrip('/')}/chat/completions"
-        headers = {"Content-Type": "application/json"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
-        problem = ""
-        for attempt in range(self.judge.attempts):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=self.judge.timeout) as response:
-                    return _checked(json.loads(response.read()), self.judge.model)
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
-                if error.code not in _AGAIN:
-                    break
-            except (OSError, ValueError) as error:
-                problem = str(error)
+        try:
+            # As the task wrote it, with parameters that the client's own call may not know.
+            found = self.client.post("/chat/completions", body=payload, cast_to=object)
+            # A server that does not say that it sends JSON gives text.
+            return _checked(json.loads(found) if isinstance(found, str) else found, self.judge.model)
+        except self.openai.APIStatusError as error:
+            problem = f"HTTP {error.status_code}: {error.message}"
+        except (self.openai.OpenAIError, ValueError) as error:
+            problem = str(error)
         with self.record.lock:
             hidden = problem if self.key is None else problem.replace(self.key, "(the key)")
+            url = f"{self.judge.base_url.rstrip('/')}/chat/completions"
             self.record.failure = f"{url}, model {self.judge.model}: {hidden}"
         return None
 

@@ -62,7 +62,7 @@ def test_an_endpoint_that_fails_is_seen_and_not_asked_on(
     monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
     loopback_judge.script = lambda prompt: 503
     judge = loopback_judge.options(api_key_env="JUDGE_KEY", attempts=3)
-    with judging(judge, ".", cache, pause=0.01) as record:
+    with judging(judge, ".", cache) as record:
         ask("one")
         assert len(loopback_judge.requests) == 3
         ask("two")
@@ -76,14 +76,14 @@ def test_an_endpoint_that_fails_is_seen_and_not_asked_on(
 def test_one_answer_after_a_failed_attempt(loopback_judge: Any, cache: Path) -> None:
     said = iter([429, "fine"])
     loopback_judge.script = lambda prompt: next(said)
-    with judging(loopback_judge.options(), "fine", cache, pause=0.01) as record:
+    with judging(loopback_judge.options(), "fine", cache) as record:
         assert ask("one") == "fine"
     assert record.problem is None
 
 
 def test_a_wrong_key_is_not_tried_again(loopback_judge: Any, cache: Path) -> None:
     loopback_judge.script = lambda prompt: 401
-    with judging(loopback_judge.options(), ".", cache, pause=60) as record:
+    with judging(loopback_judge.options(), ".", cache) as record:
         ask("one")
     assert len(loopback_judge.requests) == 1
     assert "HTTP 401" in str(record.problem)
