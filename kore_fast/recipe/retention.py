@@ -57,9 +57,12 @@ def measure_benchmarks(
     for score in found.scores:
         if score.missing is not None:
             missing[score.missing].append(score.benchmark)
-    for reason, names in missing.items():
-        log.warning("%s: not measured: %s (%s)", folder.parent.name, ", ".join(names), reason)
+    not_measured = [f"{', '.join(names)} ({reason})" for reason, names in missing.items()]
+    for said in not_measured:
+        log.warning("%s: not measured: %s", folder.parent.name, said)
     settings: dict[str, Any] = {"benchmarks_by": found.harness}
+    if not_measured:
+        settings["benchmarks_not_measured"] = "; ".join(not_measured)
     if found.limit is not None:
         settings["first_questions_of_benchmarks"] = found.limit
     if options.judge is not None:

@@ -60,6 +60,7 @@ def test_a_few_benchmarks(
     assert "kore: not measured: mia_bench (no judge" in caplog.text
     page = (copied / "run" / "report" / "report.html").read_text()
     assert ">Benchmarks<" in page
+    assert "mia_bench (no judge" in page
     capsys.readouterr()
     assert evaluate(copied, data, few) == 0
     assert capsys.readouterr().err.count("nothing changed") == 3
