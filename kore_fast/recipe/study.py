@@ -16,9 +16,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,6 +195,23 @@ def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM leaves the block as Ctrl-C does: no job outlives its study and meets the next one in its folder."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # nobody else may say what a signal does
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @dataclass
 class _Runner:
     file: Path
@@ -236,6 +254,7 @@ class _Runner:
         logs = self.run / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
+            stack.enter_context(_leaving_on_sigterm())
             stack.callback(lambda: _stop(process for process, _ in running.values()))
             while waiting or running:
                 while waiting and len(running) < self.width and time.monotonic() < self.deadline:

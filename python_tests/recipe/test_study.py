@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import yaml
 from kore_fast.cli import main
 from kore_fast.errors import RecipeError
 from kore_fast.recipe.schema import load_recipe
-from kore_fast.recipe.study import Job, choose, expand, jobs_of
+from kore_fast.recipe.study import Job, _Runner, choose, expand, jobs_of
 
 STUDY = """
 study:
@@ -95,6 +99,28 @@ def test_rates_are_matched_on_what_was_learned() -> None:
     assert choose(scores, "lora") == {"lora": 2e-3, "kore": 1e-3}
     assert choose(scores, None) == {"lora": 2e-3, "kore": 2e-3}
     assert choose({}, "lora") == {}
+
+
+def test_no_job_outlives_a_study_that_is_told_to_end(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = _Runner(study_file, load_recipe(study_file), tmp_path / "run", (), 2, float("inf"), print)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(job: Job, place: int, log: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["bash", "-c", "sleep 600; true"], start_new_session=True))
+        if len(started) == 2:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[-1]
+
+    monkeypatch.setattr(runner, "_make_start", lambda job, log: 0)
+    monkeypatch.setattr(runner, "_start", start)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        runner.jobs(jobs_of(runner.recipe))
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
 
 
 @pytest.mark.slow
