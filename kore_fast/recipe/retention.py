@@ -15,8 +15,9 @@ from kore_fast.files import read_json
 from kore_fast.progress import Progress
 from kore_fast.recipe.schema import Recipe
 
-FOLDER = "retention"
-"""In a method's folder of the stage ``evaluate``."""
+FOLDER = "benchmarks"
+"""In a run's folder: each method's benchmarks. They can take days and know what they were measured on, so they stay
+when a stage is run anew for another reason; what no longer fits is replaced one by one."""
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +45,7 @@ def measure_benchmarks(
         max_new_tokens=options.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
         bf16=recipe.bf16(),
+        replace=True,
         progress=progress,
     )
     metrics = {
@@ -59,7 +61,7 @@ def measure_benchmarks(
             missing[score.missing].append(score.benchmark)
     not_measured = [f"{', '.join(names)} ({reason})" for reason, names in missing.items()]
     for said in not_measured:
-        log.warning("%s: not measured: %s", folder.parent.name, said)
+        log.warning("%s: not measured: %s", folder.name, said)
     settings: dict[str, Any] = {"benchmarks_by": found.harness}
     if not_measured:
         settings["benchmarks_not_measured"] = "; ".join(not_measured)
@@ -92,25 +94,20 @@ def with_hars(metrics: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, 
 
 
 def benchmark_files(recipe: Recipe) -> list[Path]:
-    """The data files of the benchmarks that are measured; where pictures lie beside them, their whole folder."""
+    """The data of the benchmarks that are measured."""
     options = recipe.evaluation.retention
     if options is None or options.data is None:
         return []
     from kore_fast.evaluation.lmms import choose
-    from kore_fast.evaluation.lmms.local_data import local_files
+    from kore_fast.evaluation.lmms.local_data import with_pictures
 
     data = recipe.resolve(options.data)
-    found: list[Path] = []
-    for benchmark in choose(options.benchmarks):
-        files = local_files(benchmark, data)
-        whole = any(file.suffix in (".json", ".jsonl") for file in files)
-        found += [data / benchmark.name] if whole else files
-    return found
+    return [file for benchmark in choose(options.benchmarks) for file in with_pictures(benchmark, data)]
 
 
 def to_try_again(folder: Path) -> str:
-    """Which benchmarks an evaluation lacks because a judge or the hub did not answer; empty where none is."""
-    path = folder / FOLDER / "retention.json"
+    """Which of a method's benchmarks are lacking because a judge or the hub did not answer; empty where none is."""
+    path = folder / "retention.json"
     if not path.is_file():
         return ""
     try:

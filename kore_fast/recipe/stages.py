@@ -21,7 +21,7 @@ from kore_fast.recipe.materials import (
     samples_file,
     targets_key,
 )
-from kore_fast.recipe.retention import benchmark_files, to_try_again
+from kore_fast.recipe.retention import FOLDER, benchmark_files, to_try_again
 from kore_fast.recipe.runner import Stage
 from kore_fast.recipe.schema import BASE, Method, Recipe
 
@@ -170,7 +170,7 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
         work=lambda folder, progress: work.evaluate(recipe, run, name, method, folder, progress),
         produces=("scores.json",),
         seconds=75 if recipe.evaluation.retention is None else None,
-        open_ends=to_try_again,
+        open_ends=lambda _: to_try_again(run / FOLDER / name),
     )
 
 

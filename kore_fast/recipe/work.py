@@ -344,7 +344,7 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
     if options.evoke is not None:
         metrics |= _evaluate_evoke(recipe, model, processor, folder / "evoke", progress)
     if options.retention is not None:
-        benchmarks, how = measure_benchmarks(recipe, model, processor, folder / FOLDER, progress)
+        benchmarks, how = measure_benchmarks(recipe, model, processor, run / FOLDER / name, progress)
         metrics |= benchmarks
         settings |= how
     if method is not None:

@@ -56,7 +56,7 @@ def test_a_few_benchmarks(
         assert not {"benchmark_mia_bench", "k_r", "hars"} & found["metrics"].keys()
         assert 0 <= found["metrics"]["benchmark_pope"]["value"] <= 1
         assert found["settings"]["benchmarks_by"].startswith("lmms-eval 0.7.")
-        assert (copied / "run" / "evaluate" / method / "retention" / "pope" / "predictions.jsonl").is_file()
+        assert (copied / "run" / "benchmarks" / method / "pope" / "predictions.jsonl").is_file()
     assert "kore: not measured: mia_bench (no judge" in caplog.text
     page = (copied / "run" / "report" / "report.html").read_text()
     assert ">Benchmarks<" in page
@@ -92,6 +92,39 @@ def test_all_twelve_with_a_judge(
     assert capsys.readouterr().err.count("nothing changed") == 3
 
 
+def test_benchmarks_stay_when_something_else_is_measured_anew(copied: Path, data: Path, measured: list[str]) -> None:
+    """Another part of the evaluation, or another benchmark; a benchmark's own data measures that one again."""
+
+    def when(name: str) -> int:
+        return (copied / "run" / "benchmarks" / "kore" / name / "result.json").stat().st_mtime_ns
+
+    assert evaluate(copied, data, "evaluation.retention.benchmarks=[pope, mme]") == 0
+    first = {name: when(name) for name in ("pope", "mme")}
+    before = (copied / "run" / "evaluate" / "kore" / "stage.json").read_text()
+    more = "evaluation.retention.benchmarks=[pope, mme, seedbench2_plus]"
+    assert evaluate(copied, data, more, "evaluation.texts=4") == 0
+    assert (copied / "run" / "evaluate" / "kore" / "stage.json").read_text() != before
+    assert {name: when(name) for name in first} == first
+    assert "benchmark_seedbench2_plus" in scores(copied, "kore")["metrics"]
+    shutil.copyfile(data / "pope" / "red.png", data / "pope" / "green.png")
+    assert evaluate(copied, data, more, "evaluation.texts=4") == 0
+    assert when("pope") > first["pope"]
+    assert when("mme") == first["mme"]
+
+
+def test_benchmarks_of_another_model_are_measured_anew(copied: Path, data: Path, measured: list[str]) -> None:
+    few = "evaluation.retention.benchmarks=[pope]"
+    assert evaluate(copied, data, few) == 0
+    folder = copied / "run" / "benchmarks"
+    before = {name: read_json(folder / name / "pope" / "result.json") for name in ("base", "kore")}
+    given = [few, "training.steps=4", f"evaluation.retention.data={data}", "evaluation.retention.hub=false"]
+    given.append("evaluation.retention.max_new_tokens=4")
+    assert main(["run", str(copied), "--run", str(copied / "run"), *(f"--set={one}" for one in given)]) == 0
+    after = {name: read_json(folder / name / "pope" / "result.json") for name in ("base", "kore")}
+    assert after["base"] == before["base"]
+    assert after["kore"]["settings"]["model"] != before["kore"]["settings"]["model"]
+
+
 def test_a_limit_makes_no_k_r(copied: Path, data: Path, measured: list[str]) -> None:
     judge = LoopbackJudge()
     told = f"evaluation.retention.judge={{base_url: '{judge.base_url}', model: teacher}}"
@@ -113,7 +146,7 @@ def test_what_a_judge_did_not_answer_is_tried_again(tmp_path: Path) -> None:
     assert to_try_again(tmp_path) == ""
     lacking = Score("mmdu", missing="the judge failed", again=True)
     for found, told in (([Score("pope", points=1.0), Score("mme", missing="no")], ""), ([lacking], "mmdu")):
-        write_json(tmp_path / "retention" / "retention.json", Retention("h", tuple(found)).row())
+        write_json(tmp_path / "retention.json", Retention("h", tuple(found)).row())
         assert told in to_try_again(tmp_path)
         assert bool(told) == bool(to_try_again(tmp_path))
 

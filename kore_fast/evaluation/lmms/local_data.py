@@ -11,6 +11,7 @@ import ast
 import base64
 import binascii
 import csv
+import hashlib
 import io
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from PIL import Image
 
 from kore_fast.errors import DataError
 from kore_fast.evaluation.lmms.benchmarks import Benchmark
-from kore_fast.files import inside, iterate_json
+from kore_fast.files import inside, iterate_json, quick_digest
 
 Row = dict[str, Any]
 _ENDINGS = (".parquet", ".jsonl", ".json", ".tsv")
@@ -247,6 +248,16 @@ def _evoke(row: Row) -> Iterable[Row]:
 _NORMALISERS = {"ocrvqa": _ocrvqa, "mmdu": _mmdu, "evoke": _evoke}
 
 
-def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
-    """Name and size of each file: what a finished result was measured on."""
-    return [[file.name, file.stat().st_size] for file in files]
+def with_pictures(benchmark: Benchmark, data: Path) -> list[Path]:
+    """`local_files`, and where they are rows of JSON everything beside them, as they name pictures."""
+    files = local_files(benchmark, data)
+    if not any(file.suffix in (".json", ".jsonl") for file in files):
+        return files
+    return sorted(path for path in (data / benchmark.name).rglob("*") if path.is_file())
+
+
+def fingerprint(benchmark: Benchmark, data: Path) -> str:
+    """Hex SHA-256 of what a benchmark is measured on, by name and content; see `quick_digest`."""
+    folder = data / benchmark.name
+    digests = (f"{path.relative_to(folder)}:{quick_digest(path)}" for path in with_pictures(benchmark, data))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

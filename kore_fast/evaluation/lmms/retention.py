@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ from kore_fast.files import read_json, write_json, write_jsonl
 from kore_fast.progress import Progress, silent
 
 NO_JUDGE = "no judge: it needs one, name an OpenAI-compatible endpoint"
-PREDICTIONS, RESULT = "predictions.jsonl", "result.json"
+PREDICTIONS, RESULT, JUDGED = "predictions.jsonl", "result.json", "judge.jsonl"
 # Of a benchmark that is not finished: its answers so far, and what they were given under.
 _JOURNAL, _ANSWERED = "answers.jsonl", "answers.json"
 # What decides which questions there are and how they are judged, but no answer.
@@ -160,6 +161,7 @@ def evaluate_retention(
     batch_size: int = 32,
     bf16: bool = False,
     about: Mapping[str, Any] | None = None,
+    replace: bool = False,
     progress: Progress = silent,
 ) -> Retention:
     """Measure a model in memory with lmms-eval's tasks and our own; an adapter stays as it is, nothing is merged.
@@ -180,20 +182,23 @@ def evaluate_retention(
         limit: only the first so many questions of each; a score of that is no benchmark's score. MME needs an even one.
         max_new_tokens: no answer gets longer; some tasks ask for 16384, which no model of 4096 positions can give.
         about: what else tells the model from others, as plain JSON values: its name, its processor's files.
+        replace: measure anew what was measured on another model or with other settings, instead of refusing it. A
+            judge's answers stay: to the same question they are the same.
 
     Returns:
         One `Score` a benchmark, in the order asked for. Missing ones say why; they are not zero.
 
     Raises:
-        DataError: lmms-eval is not there; ``folder`` holds results or answers of another model or of other settings;
-            local data that cannot be read; a judge's key that is not set; several processes.
+        DataError: lmms-eval is not there; ``folder`` holds results or answers of another model or of other settings
+            (without ``replace``); local data that cannot be read; a judge's key that is not set; several processes.
     """
     harness = check_retention(benchmarks, data=data, judge=judge)
     chosen = choose(benchmarks)
     folder = Path(folder).resolve()
     data = None if data is None else Path(data).resolve()
     answerer = {**(about or {}), "bf16": bf16, "loaded_weights": weights_fingerprint(model)}
-    _check_same_model(folder, answerer)
+    if not replace:
+        _check_same_model(folder, answerer)
     training = model.training
     model.eval()
     scores = []
@@ -210,7 +215,9 @@ def evaluate_retention(
                 settings["judge"] = None if judge is None else judge.model
             place = folder / benchmark.name
             files = [] if data is None else local_files(benchmark, data)
-            settings["data"] = fingerprint(files) if files else "hub"
+            settings["data"] = fingerprint(benchmark, data) if data and files else "hub"
+            if replace:
+                _forget_others(place, settings)
             kept = _finished(place / RESULT, settings)
             if kept is None:
                 scores.append(
@@ -252,6 +259,22 @@ def _check_same_model(folder: Path, answerer: dict[str, Any]) -> None:
             )
 
 
+def _forget_others(place: Path, settings: dict[str, Any]) -> None:
+    """Remove a benchmark's results and answers that were given under other settings or by another model."""
+    result, answered = place / RESULT, place / _ANSWERED
+    stale = result.exists() and bool(_changed(read_json(result).get("settings", {}), settings))
+    stale = stale or (answered.exists() and bool(_changed(read_json(answered), _of_answers(settings))))
+    stale = stale or ((place / _JOURNAL).exists() and not answered.exists())
+    if not stale:
+        return
+    # The result first: what a kill leaves is not taken for finished.
+    for path in sorted(place.iterdir(), key=lambda path: path.name != RESULT):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != JUDGED:
+            path.unlink()
+
+
 def _finished(path: Path, settings: dict[str, Any]) -> Score | None:
     if not path.exists():
         return None
@@ -260,9 +283,16 @@ def _finished(path: Path, settings: dict[str, Any]) -> Score | None:
     return Score(**kept["score"])
 
 
+def _changed(there: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    return sorted(key for key in settings if there.get(key) != settings[key])
+
+
+def _of_answers(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _NOT_OF_ANSWERS}
+
+
 def _check_same(path: Path, there: dict[str, Any], settings: dict[str, Any]) -> None:
-    changed = sorted(key for key in settings if there.get(key) != settings[key])
-    if changed:
+    if changed := _changed(there, settings):
         raise DataError(
             f"{path}: measured with other settings ({', '.join(changed)}); choose another folder, or remove this one"
         )
@@ -270,7 +300,7 @@ def _check_same(path: Path, there: dict[str, Any], settings: dict[str, Any]) -> 
 
 def bind_answers(place: Path, settings: dict[str, Any]) -> None:
     """Note what a benchmark's answers are given under; refuse answers that were given under something else."""
-    given = {key: value for key, value in settings.items() if key not in _NOT_OF_ANSWERS}
+    given = _of_answers(settings)
     path = place / _ANSWERED
     if path.exists():
         _check_same(path, read_json(path), given)
@@ -324,7 +354,7 @@ def _measure(
     told: dict[str, Any] | None = None
     try:
         if benchmark.judged and judge is not None:
-            with judging(judge, benchmark.readable, place / "judge.jsonl") as record:
+            with judging(judge, benchmark.readable, place / JUDGED) as record:
                 outcome = run()
             if record.problem is not None:
                 return Score(benchmark.name, missing=record.problem, again=record.failure is not None)
