@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +212,15 @@ def _leaving_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@dataclass(frozen=True)
+class _Running:
+    process: subprocess.Popen[bytes]
+    stage: str
+    """``"init"`` while it makes the start, then ``"train"``."""
+    place: int
+    log: Any
+
+
 @dataclass
 class _Runner:
     file: Path
@@ -250,26 +259,32 @@ class _Runner:
     def jobs(self, jobs: Iterable[Job]) -> bool:
         """Train and evaluate; False when the time ran out before all were done."""
         waiting = [job for job in jobs if self.scores(job) is None]
-        running: dict[Job, tuple[subprocess.Popen[bytes], int]] = {}
+        running: dict[Job, _Running] = {}
         logs = self.run / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(_leaving_on_sigterm())
-            stack.callback(lambda: _stop(process for process, _ in running.values()))
+            stack.callback(lambda: _stop(one.process for one in running.values()))
             while waiting or running:
-                while waiting and len(running) < self.width and time.monotonic() < self.deadline:
-                    place = min(set(range(self.width)) - {place for _, place in running.values()})
-                    job = waiting.pop(0)
+                while len(running) < self.width and time.monotonic() < self.deadline:
+                    job = self._next(waiting, running)
+                    if job is None:
+                        break
+                    waiting.remove(job)
+                    place = min(set(range(self.width)) - {one.place for one in running.values()})
                     log = stack.enter_context((logs / f"{job.name}.log").open("ab"))
                     self.say(f"{job.name}: started, {len(waiting)} waiting")
-                    if status := self._make_start(job, log):
-                        self._finish(job, status, logs / f"{job.name}.log")
+                    first = "init" if self.recipe.has_start(job.name) else "train"
+                    running[job] = _Running(self._start(job, first, place, log), first, place, log)
+                for job, one in list(running.items()):
+                    if one.process.poll() is None:
                         continue
-                    running[job] = (self._start(job, place, log), place)
-                for job, (process, _) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[job]
-                        self._finish(job, process.returncode, logs / f"{job.name}.log")
+                    if one.stage == "init" and one.process.returncode == 0:
+                        process = self._start(job, "train", one.place, one.log)
+                        running[job] = replace(one, process=process, stage="train")
+                        continue
+                    del running[job]
+                    self._finish(job, one.process.returncode, logs / f"{job.name}.log")
                 if waiting and not running and time.monotonic() >= self.deadline:
                     self.say(f"the time is up, {len(waiting)} jobs are left; the same command continues")
                     return False
@@ -282,21 +297,21 @@ class _Runner:
         if subprocess.run(self._command(*stage)).returncode:
             raise RecipeError(f"{self.file}: `kore-fast {' '.join(stage)}` failed, see above")
 
-    def _make_start(self, job: Job, log: Any) -> int:
-        """The adapter that a job begins from. Jobs share starts, so none makes its own; one that is there is kept."""
-        if not self.recipe.has_start(job.name):
-            return 0
-        return subprocess.run(
-            self._command("init", "--method", self.recipe.start_of(job.name)), stdout=log, stderr=log
-        ).returncode
+    def _next(self, waiting: Iterable[Job], running: Mapping[Job, _Running]) -> Job | None:
+        """The first job whose start no other job is making: jobs share starts, and one that is there is kept."""
+        made = {self.recipe.start_of(job.name) for job, one in running.items() if one.stage == "init"}
+        return next((job for job in waiting if self.recipe.start_of(job.name) not in made), None)
 
-    def _start(self, job: Job, place: int, log: Any) -> subprocess.Popen[bytes]:
+    def _start(self, job: Job, first: str, place: int, log: Any) -> subprocess.Popen[bytes]:
+        """The processes of a job: ``"init"`` alone, or from ``"train"`` on."""
         # One process after the other, as each stage loads its own model.
-        script = 'set -e; for stage in train evaluate; do "$0" -m kore_fast $stage "$@"; done'
+        stages = "init" if first == "init" else "train evaluate"
+        script = f'set -e; for stage in {stages}; do "$0" -m kore_fast $stage "$@"; done'
+        method = self.recipe.start_of(job.name) if first == "init" else job.name
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.width))}
         if devices := torch.cuda.device_count():
             environment["CUDA_VISIBLE_DEVICES"] = str(place % devices)
-        _, _, _, *arguments = self._command("", "--method", job.name)
+        _, _, _, *arguments = self._command("", "--method", method)
         return subprocess.Popen(
             ["bash", "-c", script, sys.executable, *arguments],
             stdout=log,

@@ -16,7 +16,7 @@ import yaml
 from kore_fast.cli import main
 from kore_fast.errors import RecipeError
 from kore_fast.recipe.schema import load_recipe
-from kore_fast.recipe.study import Job, _Runner, choose, expand, jobs_of
+from kore_fast.recipe.study import Job, _Runner, _Running, choose, expand, jobs_of
 
 STUDY = """
 study:
@@ -107,13 +107,12 @@ def test_no_job_outlives_a_study_that_is_told_to_end(
     runner = _Runner(study_file, load_recipe(study_file), tmp_path / "run", (), 2, float("inf"), print)
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(job: Job, place: int, log: Any) -> subprocess.Popen[bytes]:
+    def start(job: Job, first: str, place: int, log: Any) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen(["bash", "-c", "sleep 600; true"], start_new_session=True))
         if len(started) == 2:
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return started[-1]
 
-    monkeypatch.setattr(runner, "_make_start", lambda job, log: 0)
     monkeypatch.setattr(runner, "_start", start)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
@@ -121,6 +120,18 @@ def test_no_job_outlives_a_study_that_is_told_to_end(
     assert left.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
+
+
+def test_a_job_waits_while_another_makes_its_start(study_file: Path, tmp_path: Path) -> None:
+    runner = _Runner(study_file, load_recipe(study_file), tmp_path / "run", (), 2, float("inf"), print)
+    jobs = {job.name: job for job in jobs_of(runner.recipe)}
+    process = subprocess.Popen(["true"])
+    process.wait()
+    waiting = [jobs["lora_2em2_s0"], jobs["kore_1em2_s0"]]
+    for stage, wanted in (("init", "kore_1em2_s0"), ("train", "lora_2em2_s0")):
+        running = {jobs["lora_1em3_s0"]: _Running(process, stage, 0, None)}
+        assert runner._next(waiting, running) is jobs[wanted]
+    assert runner._next(waiting[:1], {jobs["lora_1em3_s0"]: _Running(process, "init", 0, None)}) is None
 
 
 @pytest.mark.slow
