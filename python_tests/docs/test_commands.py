@@ -58,6 +58,13 @@ ELSEWHERE: dict[str, tuple[str, list[str]]] = {
         "python_tests/recipes/test_paper_recipes.py",
         ["def test_it_runs_in_small", 'main(["run", str(path)'],
     ),
+    **{
+        f"kore-fast run recipes/tiny_vlm_sequential{part}": (
+            "python_tests/recipes/test_tiny_recipes.py",
+            ["def test_the_sequence_runs_in_small", 'main(["run", str(path)'],
+        )
+        for part in ("", "/second.yaml", "/second_lora.yaml")
+    },
     "kore-fast evaluate --benchmarks": ("python_tests/test_cli_benchmarks.py", ["--benchmarks"]),
     "kore-fast evaluate --vlmevalkit": ("python_tests/test_cli_benchmarks.py", ["--vlmevalkit"]),
 }
@@ -110,21 +117,9 @@ def test_commands_in_the_text_are_run_too(found: Found) -> None:
 def test_what_runs_it_is_there(start: str) -> None:
     used = {elsewhere(found.text) for page in PAGES for found in [*commands(page), *inline_commands(page)]}
     assert start in used, "no page has it any more"
-    if "--" in start and start.startswith("kore-fast "):
-        skip_where_unknown(start)
     file, words = ELSEWHERE[start]
     text = (ROOT / file).read_text(encoding="utf-8")
     assert [word for word in words if word not in text] == []
-
-
-def skip_where_unknown(text: str) -> None:
-    """The benchmarks come to the command line from another branch."""
-    from kore_fast.cli import _parser
-
-    option = re.findall(r"--[\w-]+", text)[0]
-    (evaluate,) = (action.choices["evaluate"] for action in _parser()._actions if action.choices)
-    if option not in evaluate.format_help():
-        pytest.skip(f"kore-fast evaluate has no {option} here yet")
 
 
 @pytest.mark.parametrize(("text", "found"), [pytest.param(t, f, id=t) for t, f in OURS if not elsewhere(t)])
