@@ -252,8 +252,9 @@ class _Runner:
         if self.recipe.covariance is not None:
             stages.append(("covariance",))
         stages.append(("evaluate", "--method", BASE))
-        for stage in stages:
-            self._run(*stage)
+        with _leaving_on_sigterm():
+            for stage in stages:
+                self._run(*stage)
         self._keep(self.run / "evaluate" / BASE / "scores.json", self.base, {"method": BASE})
 
     def jobs(self, jobs: Iterable[Job]) -> bool:

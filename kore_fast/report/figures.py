@@ -63,7 +63,9 @@ def styles(methods: Sequence[tuple[str, str]]) -> dict[str, Style]:
             taken.add(kind)
             result[name] = Style(_COLOURS[kind], _MARKS[kind])
         else:
-            result[name] = Style(_MORE_COLOURS[more % len(_MORE_COLOURS)], _MORE_MARKS[more % len(_MORE_MARKS)])
+            rounds, place = divmod(more, len(_MORE_COLOURS))
+            # Each round of colours with other marks: 25 that differ.
+            result[name] = Style(_MORE_COLOURS[place], _MORE_MARKS[(place + rounds) % len(_MORE_MARKS)])
             more += 1
     return result
 

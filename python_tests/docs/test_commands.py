@@ -65,6 +65,10 @@ ELSEWHERE: dict[str, tuple[str, list[str]]] = {
         )
         for part in ("", "/second.yaml", "/second_lora.yaml")
     },
+    "python recipes/tiny_vlm_sequential/leak_by_source.py": (
+        "python_tests/recipes/test_tiny_recipes.py",
+        ["leak_by_source.py", 'script["main"]'],
+    ),
     "kore-fast evaluate --benchmarks": ("python_tests/test_cli_benchmarks.py", ["--benchmarks"]),
     "kore-fast evaluate --vlmevalkit": ("python_tests/test_cli_benchmarks.py", ["--vlmevalkit"]),
 }

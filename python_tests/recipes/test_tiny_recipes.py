@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,11 @@ def test_kept_scores_are_of_what_the_study_says(name: str, tmp_path: Path, capsy
 
 
 def test_the_sequence_runs_in_small(
-    tiny_model_folder: Path, knowledge_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_folder: Path,
+    knowledge_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each of its runs, as its README gives them: what the first has injected is asked again after the second."""
     monkeypatch.chdir(tmp_path)
@@ -95,3 +100,10 @@ def test_the_sequence_runs_in_small(
             for method in ("base", *ranks[part]):
                 run = tmp_path / "runs" / f"tiny_vlm_sequential_{part}"
                 assert "earlier_cem" in read_json(run / "evaluate" / method / "scores.json")["metrics"]
+    capsys.readouterr()
+    script = runpy.run_path(str(RECIPES / "tiny_vlm_sequential" / "leak_by_source.py"))
+    script["main"]([str(tmp_path / "runs" / "tiny_vlm_sequential_second")])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    leaks = {(row["source"], row["start"]): float(row["leak"]) for row in rows}
+    assert {start for _, start in leaks} == set(ranks["second"])
+    assert leaks["first", "first_heavy"] < leaks["first", "kore"] < leaks["first", "unaware"]

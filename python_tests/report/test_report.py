@@ -316,6 +316,10 @@ def test_figures_show_their_numbers(run: Path) -> None:
     assert leak_map(methods[1:2], LIGHT) != leak_map(methods[2:], LIGHT)
 
 
+def test_many_methods_have_styles_that_differ() -> None:
+    assert len(set(styles([(f"m{number}", "x") for number in range(25)]).values())) == 25
+
+
 def test_styles_stay_with_the_kind() -> None:
     few = styles([("base", "base"), ("kore", "kore")])
     many = styles([("base", "base"), ("full", "full"), ("lora", "lora"), ("x", "x"), ("kore", "kore"), ("k2", "kore")])
