@@ -16,6 +16,12 @@ from typing import Any, TextIO
 from kore_fast.errors import DataError
 
 
+def partial_path(path: str | Path) -> Path:
+    """Where `atomic_path` and `new_folder` write first: a kill in the middle leaves it there."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` when the block ends without an exception.
@@ -24,7 +30,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         DataError: the disk is full or the folder cannot be written; names the file. What was there before stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -59,7 +65,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     check_new_folder(path)
     target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.partial")
+    temporary = partial_path(target)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

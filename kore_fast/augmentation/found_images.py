@@ -16,7 +16,7 @@ from kore_fast.augmentation.options import AugmentationOptions
 from kore_fast.augmentation.provenance import PictureSource
 from kore_fast.augmentation.writer import CannotWriteError, Writer
 from kore_fast.data.items import Item
-from kore_fast.files import inside
+from kore_fast.files import inside, partial_path
 
 FOUND = "found_pictures"
 """The folder of found pictures in the samples' image folder."""
@@ -109,7 +109,7 @@ class FoundImages:
         target = self.folder / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.partial")
+            partial = partial_path(target)
             partial.unlink(missing_ok=True)
             try:
                 os.link(path, partial)

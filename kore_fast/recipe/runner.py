@@ -19,7 +19,7 @@ from typing import Any
 import kore_fast
 from kore_fast.constraint.distributed import Ranks
 from kore_fast.errors import KoreError, RecipeError
-from kore_fast.files import quick_digest, read_json, write_json
+from kore_fast.files import partial_path, quick_digest, read_json, write_json
 from kore_fast.progress import Progress, RunClock, bar, minutes, silent
 
 STATE = "stage.json"
@@ -146,9 +146,11 @@ def _state(folder: Path) -> dict[str, Any]:
 def _empty(folder: Path) -> None:
     """Remove what an earlier run of a stage left; the state file last: a kill leaves the folder known as ours."""
     found = list(folder.iterdir()) if folder.is_dir() else []
-    if found and not (folder / STATE).is_file():
+    # A kill in the very first write leaves a state file under its partial name alone.
+    foreign = [path.name for path in found if path != partial_path(folder / STATE)]
+    if foreign and not (folder / STATE).is_file():
         raise RecipeError(
-            f"{folder} holds files that kore-fast did not write ({found[0].name}): move them away or choose another "
+            f"{folder} holds files that kore-fast did not write ({foreign[0]}): move them away or choose another "
             "folder with --run"
         )
     for path in sorted(found, key=lambda path: path.name == STATE):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +139,46 @@ def test_a_killed_stage_finds_its_files_again(kitchen: Kitchen) -> None:
             kitchen.cook([stages[0], interrupted(stages[1], seen)])
     assert seen == [[STATE], ["half.txt", STATE]]
     assert kitchen.cook() == ["b/x", "c", "d"]
+
+
+def killed_before_replacing(kitchen: Kitchen, moment: int) -> bool:
+    """Cook in a process that is killed where it would give a file its name for the ``moment``-th time."""
+    child = os.fork()
+    if child == 0:
+        replace_file, count = os.replace, itertools.count()
+
+        def dying(*places: Any) -> None:
+            if next(count) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace_file(*places)
+
+        os.replace = dying  # type: ignore[assignment]
+        try:
+            kitchen.cook()
+            os._exit(0)
+        finally:  # never back into pytest
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+def test_a_kill_before_any_file_has_its_name_stops_nobody(kitchen: Kitchen) -> None:
+    """Also one in the very first write of a new run."""
+
+    def files() -> dict[str, str]:
+        return {str(p.relative_to(kitchen.run)): p.read_text() for p in kitchen.run.rglob("*") if p.is_file()}
+
+    kitchen.cook()
+    expected = files()
+    for moment in range(4 * 3):  # two states and an output in each of four stages
+        shutil.rmtree(kitchen.run)
+        assert killed_before_replacing(kitchen, moment)
+        assert any(name.endswith(".partial") for name in files())
+        kitchen.cook()
+        assert files() == expected
+    shutil.rmtree(kitchen.run)
+    assert not killed_before_replacing(kitchen, 4 * 3)
 
 
 def test_other_options_do_not_find_them(kitchen: Kitchen) -> None:
