@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from kore_fast.constraint.distributed import Ranks
 from kore_fast.errors import KoreError, RecipeError
 from kore_fast.files import partial_path, quick_digest, read_json, write_json
 from kore_fast.progress import Progress, RunClock, bar, minutes, silent
+from kore_fast.recipe.locks import alone_in
 
 STATE = "stage.json"
 _SCARCE = 16 << 20
@@ -60,24 +61,28 @@ def run_stages(run: Path, stages: Sequence[Stage], *, show: Progress = bar) -> N
 
     Raises:
         RecipeError: an input is not there or not finished; says which stage makes it. A stage's folder holds files that
-            no stage wrote: they would be lost.
+            no stage wrote: they would be lost. Another process is at work on a stage of this run.
         ConstraintError: another process failed.
     """
     team = Ranks()
     clock = RunClock({stage.name: stage.seconds for stage in stages})
     for number, stage in enumerate(stages, start=1):
         folder = run / stage.name
-        fingerprint = team.by_first(partial(_begin, run, stage, f"[{number}/{len(stages)}] {stage.name}", clock))
-        if fingerprint is None:
-            continue
-        with clock.timed(stage.name), _telling_a_full_disk(folder, stage.name):
-            stage.work(folder, show if team.rank == 0 else silent)
-        team.by_first(partial(_finish, folder, stage, fingerprint))
+        head = f"[{number}/{len(stages)}] {stage.name}"
+        with ExitStack() as held:
+            fingerprint = team.by_first(partial(_begin, run, stage, head, clock, held))
+            if fingerprint is None:
+                continue
+            with clock.timed(stage.name), _telling_a_full_disk(folder, stage.name):
+                stage.work(folder, show if team.rank == 0 else silent)
+            team.by_first(partial(_finish, folder, stage, fingerprint))
 
 
-def _begin(run: Path, stage: Stage, head: str, clock: RunClock) -> str | None:
-    """Make a stage's folder ready; its fingerprint, or None where nothing has changed."""
+def _begin(run: Path, stage: Stage, head: str, clock: RunClock, held: ExitStack) -> str | None:
+    """Make a stage's folder ready, and ours until ``held`` is left; its fingerprint, or None where nothing has
+    changed."""
     fingerprint = _fingerprint(run, stage)
+    held.enter_context(alone_in(run, stage.name))
     folder = run / stage.name
     state = _state(folder)
     if state.get("fingerprint") == fingerprint and state.get("done"):

@@ -28,6 +28,7 @@ import torch
 
 from kore_fast.errors import RecipeError
 from kore_fast.files import read_json, sha256_file, write_json
+from kore_fast.recipe.locks import alone_in
 
 if TYPE_CHECKING:
     from kore_fast.recipe.schema import Recipe
@@ -161,19 +162,21 @@ def compare(
         only_table: run nothing.
 
     Raises:
-        RecipeError: jobs failed (others went on; names their logs), or nothing is done yet.
+        RecipeError: jobs failed (others went on; names their logs), nothing is done yet, or another process is at work
+            on the same run.
     """
     from kore_fast.report import build_comparison
 
     runner = _Runner(file, recipe, run, tuple(overrides), width, time.monotonic() + 60 * minutes, say)
     jobs, match = jobs_of(recipe), recipe.study.match if recipe.study else None
     if not only_table:
-        runner.prepare(jobs)
-        first = {job.method: job.seed for job in reversed(jobs)}
-        if runner.jobs([job for job in jobs if job.seed == first[job.method]]):
-            rates = choose(runner.done(jobs), match)
-            others = [job for job in jobs if job.seed != first[job.method]]
-            runner.jobs([job for job in others if rates.get(job.method) == job.learning_rate])
+        with alone_in(run, "compare"):
+            runner.prepare(jobs)
+            first = {job.method: job.seed for job in reversed(jobs)}
+            if runner.jobs([job for job in jobs if job.seed == first[job.method]]):
+                rates = choose(runner.done(jobs), match)
+                others = [job for job in jobs if job.seed != first[job.method]]
+                runner.jobs([job for job in others if rates.get(job.method) == job.learning_rate])
     done = runner.done(jobs)
     if not done or not runner.base.exists():
         raise RecipeError(f"{file}: no job of the study is done yet; `kore-fast compare {file}` runs them")
@@ -186,9 +189,26 @@ def compare(
     )
 
 
+def _bound_to_us(script: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A shell's script in a session of its own that ends with this process, whatever ends this process.
+
+    We hold the other end of its input and write nothing: an end of file means that we are gone.
+    """
+    watch = """
+        exec 3<&0 </dev/null
+        { read -r -u 3 || kill -TERM -- -$$; } &
+        exec 3<&-
+        trap "kill $! 2>/dev/null" EXIT
+    """
+    command = ["bash", "-c", f"set -e\n{watch}\n{script}", *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
+
+
 def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
     """End jobs that still run when the study is left; they continue the next time."""
     for process in processes:
+        if process.poll() is not None:
+            continue
         # The shell between them and us hands no signal on.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -252,9 +272,8 @@ class _Runner:
         if self.recipe.covariance is not None:
             stages.append(("covariance",))
         stages.append(("evaluate", "--method", BASE))
-        with _leaving_on_sigterm():
-            for stage in stages:
-                self._run(*stage)
+        for stage in stages:
+            self._run(*stage)
         self._keep(self.run / "evaluate" / BASE / "scores.json", self.base, {"method": BASE})
 
     def jobs(self, jobs: Iterable[Job]) -> bool:
@@ -295,7 +314,12 @@ class _Runner:
         return True
 
     def _run(self, *stage: str) -> None:
-        if subprocess.run(self._command(*stage)).returncode:
+        process = _bound_to_us('"$0" "$@"', *self._command(*stage))
+        with ExitStack() as stack:
+            stack.enter_context(_leaving_on_sigterm())
+            stack.callback(_stop, [process])
+            status = process.wait()
+        if status:
             raise RecipeError(f"{self.file}: `kore-fast {' '.join(stage)}` failed, see above")
 
     def _next(self, waiting: Iterable[Job], running: Mapping[Job, _Running]) -> Job | None:
@@ -307,19 +331,13 @@ class _Runner:
         """The processes of a job: ``"init"`` alone, or from ``"train"`` on."""
         # One process after the other, as each stage loads its own model.
         stages = "init" if first == "init" else "train evaluate"
-        script = f'set -e; for stage in {stages}; do "$0" -m kore_fast $stage "$@"; done'
+        script = f'for stage in {stages}; do "$0" -m kore_fast $stage "$@"; done'
         method = self.recipe.start_of(job.name) if first == "init" else job.name
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.width))}
         if devices := torch.cuda.device_count():
             environment["CUDA_VISIBLE_DEVICES"] = str(place % devices)
         _, _, _, *arguments = self._command("", "--method", method)
-        return subprocess.Popen(
-            ["bash", "-c", script, sys.executable, *arguments],
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
+        return _bound_to_us(script, sys.executable, *arguments, stdout=log, stderr=log, env=environment)
 
     def _finish(self, job: Job, status: int, log: Path) -> None:
         if status:

@@ -6,7 +6,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ import yaml
 
 from kore_fast.cli import main
 from kore_fast.errors import RecipeError
+from kore_fast.recipe.locks import alone_in
 from kore_fast.recipe.schema import load_recipe
-from kore_fast.recipe.study import Job, _Runner, _Running, choose, expand, jobs_of
+from kore_fast.recipe.study import Job, _bound_to_us, _Runner, _Running, choose, expand, jobs_of
 
 STUDY = """
 study:
@@ -120,6 +124,49 @@ def test_no_job_outlives_a_study_that_is_told_to_end(
     assert left.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
+
+
+WORKING = """
+import sys, time
+from kore_fast.recipe.study import _bound_to_us
+
+_bound_to_us('while :; do date +%s%N >"$0"; sleep 0.05; done', sys.argv[1])
+time.sleep(600)
+"""
+
+
+def test_no_job_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
+    clock = tmp_path / "clock"
+    study = subprocess.Popen([sys.executable, "-c", WORKING, str(clock)])
+    try:
+        wait_until(clock.exists)
+        before = clock.read_text()
+        wait_until(lambda: clock.read_text() not in ("", before))
+    finally:
+        study.kill()
+        study.wait()
+    time.sleep(1.0)
+    stopped = clock.read_text()
+    time.sleep(1.0)
+    assert clock.read_text() == stopped
+
+
+def test_a_job_s_status_is_its_last_stage_s(tmp_path: Path) -> None:
+    assert _bound_to_us('"$0" "$@"', "true").wait() == 0
+    assert _bound_to_us('"$0" "$@"; true', "bash", "-c", "exit 3").wait() == 3
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_one_study_at_a_time(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with alone_in(tmp_path / "run", "compare"):
+        assert main(["compare", str(study_file), "--run", str(tmp_path / "run")]) == 1
+    assert "compare: another process is at work on it" in capsys.readouterr().err
 
 
 def test_a_job_waits_while_another_makes_its_start(study_file: Path, tmp_path: Path) -> None:
