@@ -205,7 +205,7 @@ def test_an_interrupted_call_goes_on_also_after_a_torn_line(
     for path in calm.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
     (folder / "predictions.partial.jsonl").write_text('{"key": 1}\n')
-    with pytest.raises(DataError, match=r"predictions\.partial\.jsonl, line 1: not an answer"):
+    with pytest.raises(DataError, match=r"predictions\.partial\.jsonl, line 1: not a row"):
         evaluate_evoke(questions, evoke_file.parent, Says(), folder)
 
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kore_fast.endpoint.packages import needed
 from kore_fast.errors import DataError
+from kore_fast.journal import Journal
 
 UNREADABLE_SHARE = 0.1
 """With a larger share of answers that cannot be read, the benchmark is missing."""
@@ -148,17 +149,11 @@ def environment(**values: str) -> Iterator[None]:
 
 class _Answers:
     def __init__(self, judge: Judge, cache: Path, record: Judging) -> None:
-        self.judge, self.cache, self.record = judge, cache, record
+        self.judge, self.record = judge, record
         self.key = judge.key()
         self.openai = needed("openai")
-        self.known: dict[str, dict[str, Any]] = {}
-        if cache.exists():
-            for line in cache.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    self.known[row["request"]] = row["answer"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # the line that a killed process was writing
+        self.kept = Journal(cache)
+        self.known = {row["request"]: row["answer"] for row in self.kept.rows("request", "answer")}
 
     def answer(self, payload: dict[str, Any]) -> dict[str, Any]:
         payload = {**payload, "model": self.judge.model}
@@ -170,9 +165,10 @@ class _Answers:
             if answer is not None:
                 with self.record.lock:
                     self.known[name] = answer
-                    self.cache.parent.mkdir(parents=True, exist_ok=True)
-                    with open(self.cache, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"request": name, "answer": answer}, ensure_ascii=False) + "\n")
+                    try:
+                        self.kept.append([{"request": name, "answer": answer}])
+                    except DataError as error:  # what raises here would be a wrong answer to the task
+                        self.record.failure = str(error)
         if answer is None:
             # Not an error: the tasks would ask again for minutes, and then count it as wrong all the same.
             return _completion(self.judge.model, "no answer")

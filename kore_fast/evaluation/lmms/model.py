@@ -18,6 +18,7 @@ from kore_fast.data.conversations import ANSWER, IMAGE, Encoded, by_length, coll
 from kore_fast.evaluation.batches import BatchSize
 from kore_fast.evaluation.generation import generate_answers
 from kore_fast.evaluation.lmms.prompts import pictures_first
+from kore_fast.journal import Journal
 from kore_fast.progress import Progress, silent
 
 # Answers are written down after so many batches.
@@ -48,16 +49,9 @@ class ModelInMemory(lmms):
         super().__init__()
         self.accelerator = None  # lmms-eval would make one
         self._network, self._processor = model, processor
-        self._journal, self._most_tokens = journal, max_new_tokens
+        self._journal, self._most_tokens = Journal(journal), max_new_tokens
         self._batch_size, self._bf16, self._progress, self._label = BatchSize(batch_size), bf16, progress, label
-        self._known: dict[str, Any] = {}
-        if journal.exists():
-            for line in journal.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    self._known[row["request"]] = row["answer"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # the line that a killed process was writing
+        self._known = {row["request"]: row["answer"] for row in self._journal.rows("request", "answer")}
 
     def clean(self) -> None:
         """lmms-eval drops the model before it scores; it is the caller's, and stays."""
@@ -195,10 +189,7 @@ class ModelInMemory(lmms):
         )
 
     def _write(self, answers: dict[str, Any]) -> None:
-        self._journal.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._journal, "a", encoding="utf-8") as file:
-            for name, answer in answers.items():
-                file.write(json.dumps({"request": name, "answer": answer}, ensure_ascii=False) + "\n")
+        self._journal.append({"request": name, "answer": answer} for name, answer in answers.items())
 
 
 def _name(request: Any) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +29,8 @@ from kore_fast.progress import Progress, silent
 
 NO_JUDGE = "no judge: it needs one, name an OpenAI-compatible endpoint"
 PREDICTIONS, RESULT, JUDGED = "predictions.jsonl", "result.json", "judge.jsonl"
-# Of a benchmark that is not finished: its answers so far, and what they were given under.
+# A benchmark's answers as they come, and what they were given under. They stay beside the result: another judge, or a
+# larger limit, asks nothing twice.
 _JOURNAL, _ANSWERED = "answers.jsonl", "answers.json"
 # What decides which questions there are and how they are judged, but no answer.
 _NOT_OF_ANSWERS = {"limit", "judge"}
@@ -262,17 +261,14 @@ def _check_same_model(folder: Path, answerer: dict[str, Any]) -> None:
 def _forget_others(place: Path, settings: dict[str, Any]) -> None:
     """Remove a benchmark's results and answers that were given under other settings or by another model."""
     result, answered = place / RESULT, place / _ANSWERED
-    stale = result.exists() and bool(_changed(read_json(result).get("settings", {}), settings))
-    stale = stale or (answered.exists() and bool(_changed(read_json(answered), _of_answers(settings))))
-    stale = stale or ((place / _JOURNAL).exists() and not answered.exists())
-    if not stale:
+    if result.exists() and _changed(read_json(result).get("settings", {}), settings):
+        # The result first: what a kill leaves is not taken for finished.
+        result.unlink()
+        (place / PREDICTIONS).unlink(missing_ok=True)
+    if answered.exists() and not _changed(read_json(answered), _of_answers(settings)):
         return
-    # The result first: what a kill leaves is not taken for finished.
-    for path in sorted(place.iterdir(), key=lambda path: path.name != RESULT):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != JUDGED:
-            path.unlink()
+    for name in (_JOURNAL, _ANSWERED):
+        (place / name).unlink(missing_ok=True)
 
 
 def _finished(path: Path, settings: dict[str, Any]) -> Score | None:
@@ -333,7 +329,9 @@ def _measure(
 
     place.mkdir(parents=True, exist_ok=True)
     bind_answers(place, settings)
-    work = Path(tempfile.mkdtemp(prefix=".work-", dir=place))
+    work = place / ".work"
+    remove(work)  # a killed call's
+    work.mkdir()
 
     def make_model() -> Any:
         return ModelInMemory(
@@ -378,6 +376,4 @@ def _measure(
     )
     write_jsonl(place / PREDICTIONS, outcome.samples)
     write_json(place / RESULT, {"settings": settings, "score": asdict(score)})
-    for name in (_JOURNAL, _ANSWERED):
-        (place / name).unlink(missing_ok=True)
     return score

@@ -411,8 +411,8 @@ class LoopbackJudge:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.base_url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
-    def options(self, **more: Any) -> Judge:
-        return Judge(base_url=self.base_url, model="teacher", **more)
+    def options(self, model: str = "teacher", **more: Any) -> Judge:
+        return Judge(base_url=self.base_url, model=model, **more)
 
 
 @pytest.fixture

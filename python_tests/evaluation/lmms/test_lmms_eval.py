@@ -149,7 +149,7 @@ def test_known_answers_give_the_known_scores(
         assert len(rows) == score.questions
         assert all(row["answer"] for row in rows)
         assert sorted(file.name for file in (tmp_path / "out" / name).iterdir() if file.name[0] != ".") == (
-            ["judge.jsonl"] * (name in JUDGED) + ["predictions.jsonl", "result.json"]
+            ["answers.json", "answers.jsonl", *["judge.jsonl"] * (name in JUDGED), "predictions.jsonl", "result.json"]
         )
     assert json.loads((tmp_path / "out/retention.json").read_text())["mean"] == result.mean
 
@@ -208,6 +208,34 @@ def test_answers_of_an_interrupted_benchmark_are_kept(
     loopback_judge.script = by_rule
     assert measure(["mia_bench"], judge=loopback_judge.options()).scores[0].points == pytest.approx(70)
     assert len(asked) == count
+
+
+def test_another_judge_and_more_questions_ask_nothing_twice(
+    measure: Callable[..., Retention], asked: list[str], loopback_judge: Any
+) -> None:
+    def again(model: str, **options: Any) -> Any:
+        (score,) = measure(
+            ["hallusionbench"], judge=loopback_judge.options(model=model), replace=True, **options
+        ).scores
+        assert score.points is not None
+        return score
+
+    first = again("teacher", limit=2)
+    assert len(asked) == first.questions
+    judged = len(loopback_judge.requests)
+    second = again("another", limit=2)
+    assert len(asked) == first.questions
+    assert len(loopback_judge.requests) == 2 * judged
+    assert (second.points, second.judge["model"]) == (first.points, "another")
+    whole = again("another")
+    assert whole.questions > first.questions
+    assert len(asked) == whole.questions
+    # The first judge's answers are there still.
+    count = len(loopback_judge.requests)
+    assert again("teacher", limit=2) == first
+    assert len(loopback_judge.requests) == count
+    again("teacher", limit=2, max_new_tokens=3)
+    assert len(asked) == whole.questions + first.questions
 
 
 def test_nothing_right_is_zero_and_not_missing(
