@@ -88,6 +88,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def whole_text(text: str) -> str:
+    """Text that UTF-8 can hold: of half a character (a lone surrogate), which JSON can hold, the sign of a replaced
+    one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -163,6 +169,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder; name a file in it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
 
@@ -177,6 +185,8 @@ def read_jsonl(path: str | Path) -> list[tuple[int, Any]]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder; name a file in it") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error})") from None
     rows = []
@@ -297,11 +307,13 @@ def sha256_file(path: str | Path) -> str:
 
 _LARGE = 64 << 20
 _EDGE = 1 << 20
+_SAMPLE = 4 << 10
 
 
 def quick_digest(path: str | Path) -> str:
-    """Hex SHA-256 of a file; of a file above 64 MiB, of its size, first and last MiB: enough to tell weights apart
-    without a minute of reading. Empty for what is no file."""
+    """Hex SHA-256 of a file; of a file above 64 MiB, of its size, its first and last MiB and the first 4 KiB of every
+    MiB between: enough to tell weights apart by any tensor of that size, without a minute of reading. Empty for what
+    is no file."""
     path = Path(path)
     if not path.is_file():
         return ""
@@ -310,6 +322,9 @@ def quick_digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         if size > _LARGE:
             digest.update(file.read(_EDGE))
+            for place in range(_EDGE, size - _EDGE, _EDGE):
+                file.seek(place)
+                digest.update(file.read(_SAMPLE))
             file.seek(-_EDGE, os.SEEK_END)
         while block := file.read(_EDGE):
             digest.update(block)

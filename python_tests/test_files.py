@@ -19,9 +19,11 @@ from kore_fast.files import (
     inside,
     iterate_json,
     new_folder,
+    quick_digest,
     read_json,
     read_jsonl,
     sha256_file,
+    whole_text,
     write_json,
     write_jsonl,
     write_text,
@@ -99,12 +101,37 @@ def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
     for read in (read_json, read_jsonl):
         with pytest.raises(DataError, match="gone: no such file"):
             read(tmp_path / "gone")
+        with pytest.raises(DataError, match="is a folder; name a file in it"):
+            read(tmp_path)
 
 
 def test_hash_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
     content = os.urandom((1 << 20) + 17)
     (tmp_path / "a").write_bytes(content)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_weights_that_differ_in_the_middle_have_another_digest(tmp_path: Path) -> None:
+    """Of a merged or fully trained model header, embedding and vision tower stay as they are."""
+    size, tensor = (70 << 20) + 5, 3 << 20
+    seen = set()
+    for place in (None, 0, 1 << 20, (17 << 20) + 311, size - tensor):
+        path = tmp_path / "model.safetensors"
+        with open(path, "wb") as file:
+            file.truncate(size)
+            if place is not None:
+                file.seek(place)
+                file.write(b"\1" * tensor)
+        assert path.stat().st_size == size
+        assert quick_digest(path) == quick_digest(path)
+        seen.add(quick_digest(path))
+    assert len(seen) == 5
+    assert quick_digest(tmp_path) == quick_digest(tmp_path / "gone") == ""
+
+
+def test_text_that_utf_8_can_hold() -> None:
+    assert whole_text("a\ud800b") == "a\ufffdb"
+    assert whole_text("\ud83d\ude00 ü\u2028\x00") == "😀 ü\u2028\x00"
 
 
 def test_inside(tmp_path: Path) -> None:

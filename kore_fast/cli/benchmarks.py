@@ -44,8 +44,10 @@ def refuse_its_options(options: argparse.Namespace, reason: str) -> None:
 
 def folder_of(options: argparse.Namespace, what: str) -> Path:
     """``--run``, or a folder that says what was measured on whom."""
-    name = Path(options.model).resolve().name
-    if options.adapter is not None:  # most are called "adapter"; the folder above says whose
+    # Most folders are called "model" or "adapter"; the one above says whose.
+    local = options.endpoint is None and Path(options.model).is_dir()
+    name = "-".join(Path(options.model).resolve().parts[-2:]) if local else Path(options.model).name
+    if options.adapter is not None:
         name += "-" + "-".join(options.adapter.resolve().parts[-2:])
     return (options.run or Path("runs") / f"{what}-{name}").resolve()
 

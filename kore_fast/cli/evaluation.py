@@ -85,7 +85,7 @@ def _evoke(options: argparse.Namespace) -> int:
     answerer = _answerer(options, options.max_new_tokens or MAX_NEW_TOKENS, options.batch_size or 8)
     folder = benchmarks.folder_of(options, "evoke")
     scores = evaluate_evoke(
-        questions, options.evoke.resolve().parent, answerer, folder, limit=options.limit, progress=bar
+        questions, options.evoke.resolve().parent, answerer, folder, limit=options.limit, progress=bar, say=print
     )
     # Types are many; they are in the files.
     print(scores_markdown({**scores, "by_type": {}}))

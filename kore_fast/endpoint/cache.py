@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kore_fast.errors import DataError
-from kore_fast.files import write_jsonl
+from kore_fast.files import whole_text, write_jsonl
 
 _TABLES = """
 create table if not exists answers (
@@ -57,7 +57,7 @@ class Reply:
     answer: str
     """The raw text."""
     finish: str
-    """Why it ended: ``stop``, ``length``, ``content_filter``, ``refusal``."""
+    """Why it ended: ``stop``, ``length``, ``content_filter``, ``refusal``, ``no text``."""
     model: str
     """The model's name as the server reports it."""
     prompt_tokens: int
@@ -166,14 +166,14 @@ class RequestCache:
             before = self.refused(key)
             asks = 1 + (before.asks if before else 0)
             spent = before or Reply("", "", "", 0, 0)
-            row: list[Any] = [key, task, prompt, reply.model, _text(reply.answer), reply.finish]
+            row: list[Any] = [key, task, prompt, reply.model, whole_text(reply.answer), reply.finish]
             row += [reply.prompt_tokens + spent.prompt_tokens, reply.completion_tokens + spent.completion_tokens, asks]
             self._run("delete from refused where key = ?", (key,))
             self._run("delete from delivered where key = ?", (key,))
             if problem is None:
                 self._run("insert or ignore into answers values (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             else:
-                self._run("insert into refused values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [*row, _text(problem)])
+                self._run("insert into refused values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [*row, whole_text(problem)])
             self._run("commit")
         except BaseException:
             if self._base.in_transaction:
@@ -249,7 +249,7 @@ class RequestCache:
 
     def deliver(self, key: str, reply: Reply) -> None:
         """Keep a reply that nobody has looked at (from a batch)."""
-        row = (key, reply.model, _text(reply.answer), reply.finish, reply.prompt_tokens, reply.completion_tokens)
+        row = (key, reply.model, whole_text(reply.answer), reply.finish, reply.prompt_tokens, reply.completion_tokens)
         self._run("insert or replace into delivered values (?, ?, ?, ?, ?, ?)", row)
 
     def delivered(self, key: str) -> Reply | None:
@@ -308,8 +308,3 @@ class RequestCache:
                 f"{self.path}: could not be written ({error}); free some space, then give the same command again: "
                 "all answers so far are kept"
             ) from None
-
-
-def _text(value: str) -> str:
-    """Half characters, which a server may send escaped, cannot be stored."""
-    return value.encode("utf-8", "replace").decode("utf-8")

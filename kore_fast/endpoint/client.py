@@ -29,6 +29,7 @@ from kore_fast.endpoint.packages import needed
 from kore_fast.endpoint.tokens import count_message_tokens, count_tokens
 from kore_fast.endpoint.totals import Totals
 from kore_fast.errors import LanguageModelError
+from kore_fast.files import whole_text
 
 LARGEST_BODY = 4 << 20
 """Bytes of a server's reply; a compressed one may have a sixteenth of it."""
@@ -323,6 +324,10 @@ class _Again:
         self.reason, self.busy, self.changed, self.wait = reason, busy, changed, wait
 
 
+NO_TEXT = "no text"
+"""`Reply.finish` where a server ended in order and its message has no text, not even an empty one."""
+
+
 def read_reply(record: Any, prompt_tokens: int, totals: Totals, model: str) -> Reply:
     """A chat completion's parts; tokens that it does not tell are counted roughly.
 
@@ -340,9 +345,11 @@ def read_reply(record: Any, prompt_tokens: int, totals: Totals, model: str) -> R
         raise RequestFailedError("the server's reply is no chat completion") from None
     if isinstance(answer, list):  # some servers send parts
         answer = "".join(str(part.get("text", "")) for part in answer if isinstance(part, dict))
-    text = answer if isinstance(answer, str) else ""
+    text = whole_text(answer) if isinstance(answer, str) else ""
     if isinstance(refusal, str) and refusal:
-        text, finish = refusal, "refusal"
+        text, finish = whole_text(refusal), "refusal"
+    elif not isinstance(answer, str) and finish in (None, "stop"):
+        finish = NO_TEXT
     if not all(isinstance(count, int) and count >= 0 for count in told):
         totals.tokens_estimated += 1
         told = [prompt_tokens, count_tokens(text)]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from kore_fast.endpoint.client import Connection, RequestFailedError
+from kore_fast.endpoint.client import NO_TEXT, Connection, RequestFailedError
 from kore_fast.endpoint.options import EndpointOptions
 from kore_fast.endpoint.totals import Totals
 from kore_fast.errors import ConstraintError, DataError, KoreError
@@ -268,7 +268,14 @@ class EndpointAnswerer:
             return Answer(None, str(error))
         if reply.finish == "content_filter":
             return Answer(None, "the server's content filter stopped the answer")
-        return Answer(reply.answer.strip())
+        text = reply.answer.strip()
+        if not text and reply.finish == NO_TEXT:
+            return Answer(None, "the server's message has no text")
+        if not text and reply.finish == "length":
+            return Answer(
+                None, f"all {reply.completion_tokens} tokens were used up before any text: allow more of them"
+            )
+        return Answer(text)
 
 
 class _Stop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 _JOURNAL, _SETTINGS = "predictions.partial.jsonl", "answers.json"
-_FORMAT = "kore_fast.evoke/1"
+_FORMAT = "kore_fast.evoke/2"
 _SCORES = ("cem", "cem_corrected", "f1", "ka")
 _HEADS = {"cem": "CEM", "cem_corrected": "CEM, corrected", "f1": "F1", "ka": "K.A"}
 _KINDS = {"news": "news", "wiki": "entity"}
@@ -45,6 +45,7 @@ def evaluate_evoke(
     *,
     limit: int | None = None,
     progress: Progress = silent,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Ask EVOKE's questions, keep every answer below ``folder``, and score them.
 
@@ -60,6 +61,7 @@ def evaluate_evoke(
         questions: from `read_evoke_questions`.
         image_root: the folder that their pictures are below.
         limit: ask only the first so many; further answers that are there already stay.
+        say: is told how many answers are there already.
 
     Returns:
         The content of ``scores.json``: ``metrics`` and, in ``by_kind`` and ``by_type``, the same of a part, with shares
@@ -75,11 +77,12 @@ def evaluate_evoke(
     folder.mkdir(parents=True, exist_ok=True)
     _check_same(folder, answerer)
     asked = [Asked(question.question_id, _prompt(question, image_root)) for question in questions]
-    there = _answers_there(folder / PREDICTIONS, questions)
+    there = _answers_there(folder / PREDICTIONS, asked)
     chosen = asked[:limit]
-    found = ask_all(chosen, answerer, folder / _JOURNAL, known=there, progress=progress, label="EVOKE")
+    found = ask_all(chosen, answerer, folder / _JOURNAL, known=there, progress=progress, label="EVOKE", say=say)
     answers = {**there, **{one.key: answer for one, answer in zip(chosen, found, strict=True)}}
-    rows = [_row(q, answers[q.question_id]) for q in questions if q.question_id in answers]
+    digests = {one.key: one.question[1] for one in asked}
+    rows = [_row(q, digests[q.question_id], answers[q.question_id]) for q in questions if q.question_id in answers]
     write_jsonl(folder / PREDICTIONS, rows)
     (folder / _JOURNAL).unlink(missing_ok=True)
     wanted = {one.key for one in chosen}
@@ -181,28 +184,28 @@ def _check_same(folder: Path, answerer: Answerer) -> None:
     )
 
 
-def _answers_there(path: Path, questions: Sequence[Question]) -> dict[str, Answer]:
-    """Answers of an earlier call to the same questions."""
+def _answers_there(path: Path, asked: Sequence[Asked]) -> dict[str, Answer]:
+    """Answers of an earlier call to the same questions about the same pictures."""
     if not path.exists():
         return {}
-    asked = {question.question_id: question for question in questions}
+    questions = {one.key: one.question for one in asked}
     there = {}
     for number, row in read_jsonl(path):
-        if not isinstance(row, dict) or not {"question_id", "text", "image", "prediction"} <= row.keys():
+        if not isinstance(row, dict) or not {"question_id", "text", "image_digest", "prediction"} <= row.keys():
             raise DataError(f"{path}, line {number}: not a prediction that was kept here; remove the file")
-        question = asked.get(row["question_id"])
-        same = question is not None and (question.text, question.image) == (row["text"], row["image"])
+        same = questions.get(row["question_id"]) == [row["text"], row["image_digest"]]
         if same and row["prediction"] is not None:
             there[row["question_id"]] = Answer(row["prediction"])
     return there
 
 
-def _row(question: Question, answer: Answer) -> Row:
+def _row(question: Question, image_digest: str | None, answer: Answer) -> Row:
     row: Row = {
         "question_id": question.question_id,
         "type": question.type,
         "cnn_wiki_type": question.cnn_wiki_type,
         "image": question.image,
+        "image_digest": image_digest,
         "text": question.text,
         "answer": question.answer,
         "prediction": answer.text,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from kore_fast.evaluation.answering import Answer, Answerer
 from kore_fast.evaluation.generation import Prompt
+from kore_fast.files import quick_digest
 from kore_fast.journal import Journal
 from kore_fast.progress import Progress, silent
 
@@ -19,10 +21,11 @@ class Asked:
     key: str
     prompt: Prompt
 
-    @property
+    @cached_property
     def question(self) -> list[str | None]:
-        """What was asked: an answer to something else under the same key does not count."""
-        return [self.prompt.text, self.prompt.image.name if self.prompt.image else None]
+        """What was asked, the picture by its content: an answer to something else under the same key does not
+        count."""
+        return [self.prompt.text, quick_digest(self.prompt.image) if self.prompt.image else None]
 
 
 def ask_all(
@@ -33,11 +36,15 @@ def ask_all(
     known: dict[str, Answer] | None = None,
     progress: Progress = silent,
     label: str = "answer",
+    say: Callable[[str], None] | None = None,
 ) -> list[Answer]:
     """An answer to each; those that ``journal`` or ``known`` hold are not asked for again.
 
     Every batch of answers is on disk before the next is asked for. A last line that a killed process left torn is
     dropped. What has no answer (a server that failed) is not in the journal, and is asked again next time.
+
+    Args:
+        say: is told how many are there already.
 
     Raises:
         DataError: the journal cannot be read or written; names it.
@@ -46,6 +53,8 @@ def ask_all(
     there = {**_read(kept, asked), **(known or {})}
     wanted = [i for i, one in enumerate(asked) if one.key not in there]
     found: dict[str, Answer] = {}
+    if say is not None and len(wanted) < len(asked):
+        say(f"{label}: {len(asked) - len(wanted):,} of {len(asked):,} answers are there already, in {journal.parent}")
     if wanted:
         left = set(wanted)
         kept.append([])  # a folder that cannot be written is told before the first answer is paid for

@@ -72,10 +72,10 @@ def test_the_export_depends_on_the_answers_alone(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_half_characters_are_kept_as_question_marks(tmp_path: Path) -> None:
+def test_half_characters_are_kept_as_replaced(tmp_path: Path) -> None:
     with RequestCache(tmp_path / "c.sqlite") as cache:
         cache.accept("k", "t", "t/1", reply("a\ud800b"))
-        assert cache.answer("k").answer == "a?b"  # type: ignore[union-attr]
+        assert cache.answer("k").answer == "a\ufffdb"  # type: ignore[union-attr]
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:

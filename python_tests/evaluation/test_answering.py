@@ -183,6 +183,10 @@ def test_questions_and_pictures_go_out_as_openai_wants_them(knowledge_folder: Pa
                 assert (image.size, image.getpixel((0, 0))) == ((5, 4), (0, 0, 255))
 
 
+def message(parts: dict[str, Any], finish: str = "stop") -> Reply:
+    return Reply(body={"choices": [{"index": 0, "message": {"role": "assistant", **parts}, "finish_reason": finish}]})
+
+
 @pytest.mark.parametrize(
     ("nonsense", "reason"),
     [
@@ -195,8 +199,28 @@ def test_questions_and_pictures_go_out_as_openai_wants_them(knowledge_folder: Pa
         (error(500, "worker died"), "500: worker died"),
         (error(400, "the picture is too large"), "400: the picture is too large"),
         (Reply(content="", finish="content_filter"), "content filter"),
+        (message({"content": None}), "no text"),
+        (message({}), "no text"),
+        (message({"content": {"a": 1}}), "no text"),
+        (message({"content": None, "reasoning": "Hm"}, finish="length"), "used up before any text"),
+        (Reply(content=" ", finish="length"), "used up before any text"),
     ],
-    ids=["html", "no choices", "error in 200", "list", "cut", "reset", "500", "400", "filter"],
+    ids=[
+        "html",
+        "choices",
+        "error",
+        "list",
+        "cut",
+        "reset",
+        "500",
+        "400",
+        "filter",
+        "null",
+        "no-content",
+        "object",
+        "thought-long",
+        "blank",
+    ],
 )
 def test_a_question_without_an_answer_is_missing_and_the_others_are_kept(nonsense: Reply, reason: str) -> None:
     def script(body: dict[str, Any], times: int) -> Reply:
@@ -209,6 +233,13 @@ def test_a_question_without_an_answer_is_missing_and_the_others_are_kept(nonsens
     assert reason in found[2].missing
     assert tries <= 2
     assert [found[i].text for i in (0, 1, 3)] == [f"You ask: {PROMPTS[i].text}" for i in (0, 1, 3)]
+
+
+def test_an_empty_answer_is_an_answer_and_half_an_emoji_no_end() -> None:
+    said = {PROMPTS[0].text: "", PROMPTS[1].text: "red \ud83d", PROMPTS[2].text: "\ud83d\ude00 \u00fc"}
+    with Server(lambda body, times: message({"content": said.get(text_of(body), "x")})) as server:
+        found = asked(served(server))
+    assert [answer.text for answer in found[:3]] == ["", "red \ufffd", "😀 ü"]
 
 
 @pytest.mark.parametrize("trouble", [error(429, "slow down"), error(503, "loading"), Reply(raw=b"not yet")])

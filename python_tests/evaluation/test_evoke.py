@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from kore_fast.data.evoke import read_evoke_questions
 from kore_fast.data.questions import Question
@@ -146,6 +147,27 @@ def test_a_changed_question_is_asked_again(evoke_file: Path, questions: list[Que
     evaluate_evoke(changed, evoke_file.parent, again, tmp_path)
     assert again.asked == [5]
     assert predictions(tmp_path)[5]["text"] == "Another?"
+
+
+def test_a_changed_picture_is_asked_again(evoke_file: Path, questions: list[Question], tmp_path: Path) -> None:
+    """Also under the same name; and how many answers were there is told."""
+    run, told = tmp_path / "run", list[str]()
+    evaluate_evoke(questions, evoke_file.parent, Says(), run, say=told.append)
+    assert told == []
+    picture = evoke_file.parent / questions[5].image
+    same = [n for n, question in enumerate(questions) if question.image == questions[5].image]
+    Image.new("RGB", (9, 9), "purple").save(picture)
+    again = Says()
+    evaluate_evoke(questions, evoke_file.parent, again, run, say=told.append)
+    assert again.asked == same
+    assert told == [f"EVOKE: {10 - len(same)} of 10 answers are there already, in {run}"]
+    # Of an interrupted call too.
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_evoke(questions, evoke_file.parent, Interrupted(), tmp_path / "other")
+    Image.new("RGB", (9, 9), "teal").save(evoke_file.parent / questions[0].image)
+    again = Says()
+    evaluate_evoke(questions, evoke_file.parent, again, tmp_path / "other")
+    assert 0 in again.asked
 
 
 def test_missing_answers_are_told_count_nowhere_and_are_asked_again(
