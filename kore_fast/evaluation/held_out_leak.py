@@ -18,6 +18,7 @@ from torch import nn
 
 from kore_fast.data.conversations import Encoded, by_length, collate, tokenizer_of
 from kore_fast.errors import ConstraintError
+from kore_fast.evaluation.batches import BatchSize
 from kore_fast.evaluation.drift import base_of
 from kore_fast.modules.sharding import plain_name
 from kore_fast.progress import Progress, silent
@@ -43,6 +44,13 @@ class _Sums:
     outputs: float = 0.0
     changes: float = 0.0
 
+    def __iadd__(self, other: _Sums) -> _Sums:
+        self.tokens += other.tokens
+        self.inputs += other.inputs
+        self.outputs += other.outputs
+        self.changes += other.changes
+        return self
+
 
 @dataclass(frozen=True)
 class _Change:
@@ -66,13 +74,14 @@ def held_out_leak(
     processor: Any,
     sequences: Sequence[Encoded],
     *,
-    batch_size: int = 8,
+    batch_size: int | BatchSize = 8,
     progress: Progress = silent,
     label: str = "leak on held-out inputs",
 ) -> list[LayerChange]:
     """The change of every linear layer that was changed, against the inputs that ``sequences`` give it in the base.
 
-    Computed in float32 with sums in float64; padding does not count.
+    Computed in float32 with sums in float64; padding does not count. Where memory runs out a batch is halved, and so
+    are those that follow; of an attempt that failed nothing is counted.
 
     Args:
         model: a PEFT model with LoRA adapters, or a model of the base's architecture (merged or trained in full).
@@ -84,13 +93,14 @@ def held_out_leak(
     Raises:
         ConstraintError: no base for a model without adapters, a layer that one of the two lacks, or an adapter other
             than plain LoRA.
+        KoreError: memory does not suffice for one sequence; says which.
     """
     changes = _changes(model, base)
-    sums = {name: _Sums() for name in changes}
+    part: dict[str, _Sums] = {}
     mask = torch.empty(0)
 
     def watch(name: str, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, y, found = _rows(inputs[0], mask), _rows(output, mask), sums[name]
+        x, y, found = _rows(inputs[0], mask), _rows(output, mask), part[name]
         found.tokens += len(x)
         found.inputs += _energy(x)
         found.outputs += _energy(y)
@@ -98,19 +108,30 @@ def held_out_leak(
 
     pad = tokenizer_of(processor).pad_token_id
     device = next(model.parameters()).device
-    batches = by_length([len(s) for s in sequences], batch_size)
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
+    batches = by_length([len(s) for s in sequences], size.size)
+    sums = {name: _Sums() for name in changes}
     with base_of(model, base) as untouched:
         modules = {_plain(name): module for name, module in untouched.named_modules()}
         hooks = [modules[name].register_forward_hook(partial(watch, name)) for name in changes]
         # The head's work is a fifth of a small model's.
         head = {} if _head(untouched) in [modules[name] for name in changes] else {"logits_to_keep": 1}
+
+        def measure(rows: Sequence[int]) -> dict[str, _Sums]:
+            nonlocal mask, part
+            part = {name: _Sums() for name in changes}
+            inputs = collate([sequences[i] for i in rows], pad)
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            mask = inputs["attention_mask"].bool()
+            with torch.inference_mode():
+                untouched(**inputs, **head)
+            return part
+
         try:
-            for rows in progress(batches, len(batches), label) if changes else ():
-                inputs = collate([sequences[i] for i in rows], pad)
-                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-                mask = inputs["attention_mask"].bool()
-                with torch.inference_mode():
-                    untouched(**inputs, **head)
+            for batch in progress(batches, len(batches), label) if changes else ():
+                for _, found in size.run(batch, measure, lambda i: f"{label}, sequence {i}"):
+                    for name in sums:
+                        sums[name] += found[name]
         finally:
             for hook in hooks:
                 hook.remove()

@@ -47,7 +47,9 @@ def score_choices(
         choices: for each picture, the names to score.
         against_blank: subtract the log-likelihood of the same answer for a white picture, so that a name which is
             likely whatever the picture shows has no advantage (pointwise mutual information).
-        batch_size: pictures at a time, halved where memory runs out; the scores do not depend on it, beyond rounding.
+        batch_size: pictures at a time, halved where memory runs out, as are the names that are scored for the white
+            picture at a time (of these as many as such a batch of pictures has); the scores do not depend on it,
+            beyond rounding.
         bfloat16: compute under bfloat16 autocast (about twice as fast on a CPU that has it).
         progress: called with the number of pictures just finished.
 
@@ -56,6 +58,7 @@ def score_choices(
 
     Raises:
         DataError: a picture cannot be read, or has no choices.
+        KoreError: memory does not suffice for one picture, or for one name; says which.
     """
     import torch
 
@@ -70,19 +73,27 @@ def score_choices(
     precision = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
     try:
         with torch.inference_mode(), precision:
+            size = BatchSize(batch_size)
             blank: dict[str, float] = {}
-            if against_blank:
+            if against_blank and choices:
                 distinct = sorted({name for names in choices for name in names})
-                image = _white_picture()
-                scores = _score(model, processor, [image], [distinct])
-                blank = dict(zip(distinct, scores[0], strict=True))
+                white = _white_picture()
+
+                def score_white(rows: Sequence[int]) -> list[float]:
+                    return _score(model, processor, [white], [[distinct[i] for i in rows]])[0]
+
+                # The key-value cache is repeated for each name: no more of them than a batch of pictures has.
+                at_once = BatchSize(size.size * max(map(len, choices)))
+                for rows, values in at_once.run(
+                    range(len(distinct)), score_white, lambda i: f"{distinct[i]!r} for a white picture"
+                ):
+                    blank |= {distinct[i]: value for i, value in zip(rows, values, strict=True)}
 
             def score(rows: Sequence[int]) -> list[list[float]]:
                 images = [_open(pictures[i]) for i in rows]
                 return _score(model, processor, images, [choices[i] for i in rows])
 
             result: list[list[float]] = []
-            size = BatchSize(batch_size)
             for rows, scores in size.run(range(len(pictures)), score, lambda i: f"picture {i}"):
                 for i, row in zip(rows, scores, strict=True):
                     result.append([value - blank.get(name, 0.0) for value, name in zip(row, choices[i], strict=True)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kore_fast.errors import DataError
+from kore_fast.errors import DataError, KoreError
 from kore_fast.evaluation import naming
 from kore_fast.evaluation.naming import (
     OPENING,
@@ -69,6 +69,30 @@ def test_pictures_that_are_too_many_are_halved(
     assert told == [2, 2]
     for row, wanted in zip(halved, whole, strict=True):
         assert row == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_white_pictures_names_go_in_chunks_which_are_halved_too(
+    tiny_model: Any, tiny_processor: Any, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, real = score_choices(tiny_model, tiny_processor, pictures, CHOICES, bfloat16=False), naming._score
+    tried: list[list[int]] = []
+    room = 4
+
+    def small(model: Any, processor: Any, images: Any, choices: Any) -> Any:
+        tried.append([len(names) for names in choices])
+        if sum(tried[-1]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, processor, images, choices)
+
+    monkeypatch.setattr(naming, "_score", small)
+    halved = score_choices(tiny_model, tiny_processor, pictures, CHOICES, bfloat16=False, batch_size=2)
+    # Ten names: no more at once than two pictures may have, and then half as many. The pictures' batches are their own.
+    assert tried == [[8], [4], [4], [2], [3, 2], [3], [2], [1], [4]]
+    for row, wanted in zip(halved, whole, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-4)
+    room = 0
+    with pytest.raises(KoreError, match="'apple tree' for a white picture: not enough memory"):
+        score_choices(tiny_model, tiny_processor, pictures, CHOICES, bfloat16=False)
 
 
 def test_blank_picture_scores_zero_against_itself(tiny_model: Any, tiny_processor: Any) -> None:
