@@ -2,7 +2,8 @@
 
 The leak of an adapter's A against the covariance that it was made from is in the run's init stage. Here the covariance
 is of held-out inputs, and the change is all of it, ΔW = B·A or W′ − W: so LoRA, full fine-tuning and KORE are measured
-alike. Σ x xᵀ itself is never formed: tr(ΔW C ΔWᵀ) = Σ ‖ΔW x‖², and a forward pass has every x.
+alike, and so is what was trained in full beside an adapter. Σ x xᵀ itself is never formed: tr(ΔW C ΔWᵀ) = Σ ‖ΔW x‖²,
+and a forward pass has every x.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def held_out_leak(
     are those that follow; of an attempt that failed nothing is counted.
 
     Args:
-        model: a PEFT model with LoRA adapters, or a model of the base's architecture (merged or trained in full).
+        model: a PEFT model with LoRA adapters (and perhaps modules trained in full beside them), or a model of the
+            base's architecture (merged or trained in full).
         base: the untouched base; None for a PEFT model, whose adapters are then turned off for it.
 
     Returns:
@@ -112,7 +114,9 @@ def held_out_leak(
     batches = by_length([len(s) for s in sequences], size.size)
     sums = {name: _Sums() for name in changes}
     with base_of(model, base) as untouched:
-        modules = {_plain(name): module for name, module in untouched.named_modules()}
+        modules: dict[str, nn.Module] = {}
+        for name, module in untouched.named_modules():
+            modules.setdefault(_plain(name), module)  # of a wrapper and the module in it, the wrapper
         hooks = [modules[name].register_forward_hook(partial(watch, name)) for name in changes]
         # The head's work is a fifth of a small model's.
         head = {} if _head(untouched) in [modules[name] for name in changes] else {"logits_to_keep": 1}
@@ -150,31 +154,41 @@ def _row(name: str, sums: _Sums, change: _Change) -> LayerChange:
 
 
 def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
-    from peft.tuners.lora import LoraLayer
-
-    adapted = {_plain(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    find: Callable[[str], _Change | None]
-    if adapted:
-        names = list(adapted)
-
-        def find(name: str) -> _Change | None:
-            return _of_adapter(name, adapted[name])
-    elif base is None:
-        raise ConstraintError(f"{type(model).__name__} has no LoRA layers: give the base model that it came from")
-    else:
+    find = _of_adapters(model)
+    if not find:
+        if base is None:
+            raise ConstraintError(f"{type(model).__name__} has no LoRA layers: give the base model that it came from")
         ours, theirs = dict(model.named_modules()), dict(base.named_modules())
-        names = [name for name, module in theirs.items() if isinstance(module, nn.Linear)]
-        for name in names:
+        for name in [name for name, module in theirs.items() if isinstance(module, nn.Linear)]:
             shapes = [getattr(getattr(side.get(name), "weight", None), "shape", None) for side in (ours, theirs)]
             if shapes[0] != shapes[1]:
                 raise ConstraintError(
                     f"{name}: {shapes[1]} in the base, {shapes[0]} in the model; not one architecture"
                 )
+            find[name] = partial(_of_weights, ours[name].weight, theirs[name].weight)
+    return {name: change for name, work in find.items() if (change := work()) is not None}
 
-        def find(name: str) -> _Change | None:
-            return _of_weights(ours[name].weight, theirs[name].weight)
 
-    return {name: change for name in names if (change := find(name)) is not None}
+def _of_adapters(model: nn.Module) -> dict[str, Callable[[], _Change | None]]:
+    """How to find the change of each layer that PEFT adapted, and of each linear layer that it trained in full beside
+    them (``modules_to_save``)."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    find: dict[str, Callable[[], _Change | None]] = {}
+    for full_name, module in model.named_modules():
+        name = _plain(full_name)
+        if isinstance(module, LoraLayer):
+            find[name] = partial(_of_adapter, name, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            before = dict(module.original_module.named_modules())
+            for adapter in module.active_adapters:
+                trained = module.modules_to_save[adapter] if adapter in module.modules_to_save else nn.Module()
+                for inner, layer in trained.named_modules():
+                    if isinstance(layer, nn.Linear):
+                        whose = f"{name}.{inner}" if inner else name
+                        find[whose] = partial(_of_weights, layer.weight, before[inner].weight)
+    return find
 
 
 def _of_weights(weight: torch.Tensor, before: torch.Tensor) -> _Change | None:
@@ -214,4 +228,5 @@ def _energy(values: torch.Tensor) -> float:
 
 
 def _plain(name: str) -> str:
-    return plain_name(name).removeprefix("base_model.model.")
+    """A layer's name in the base, also where PEFT wrapped a module to train a copy of it in full."""
+    return plain_name(name).removeprefix("base_model.model.").replace(".original_module", "")

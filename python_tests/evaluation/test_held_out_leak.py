@@ -71,6 +71,29 @@ def test_an_adapter_its_merged_weights_and_no_second_model_give_the_same(
         assert [row.moved for row in rows] == pytest.approx([rows[0].moved] * 3, rel=1e-3)
 
 
+@pytest.mark.parametrize("beside", ["multi_modal_projector", "lm_head"])
+def test_what_was_trained_in_full_beside_an_adapter_counts_as_in_the_merged_model(
+    tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded], beside: str
+) -> None:
+    base = copy.deepcopy(tiny_model)
+    adapted = trained(tiny_model, modules_to_save=[beside])
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if f"{beside}.modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    alone = held_out_leak(adapted, None, tiny_processor, sequences)
+    given = held_out_leak(adapted, base, tiny_processor, sequences)
+    merged = held_out_leak(adapted.merge_and_unload(), base, tiny_processor, sequences)
+    linears = [name for name, m in base.named_modules() if isinstance(m, nn.Linear) and beside in name]
+    assert linears
+    assert [row.layer for row in merged if beside in row.layer] == linears
+    assert len(merged) == 14 + len(linears)
+    for rows in zip(alone, given, merged, strict=True):
+        assert len({(row.layer, row.tokens) for row in rows}) == 1
+        assert [row.leak for row in rows] == pytest.approx([rows[0].leak] * 3, rel=1e-3)
+        assert [row.moved for row in rows] == pytest.approx([rows[0].moved] * 3, rel=1e-3)
+
+
 def test_a_batch_that_is_too_large_is_halved_and_counts_once(
     tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded]
 ) -> None:
