@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from kore_fast.data.conversations import Encoded, by_length, collate, tokenizer_of
-from kore_fast.errors import ConstraintError
-from kore_fast.evaluation.batches import BatchSize
-from kore_fast.evaluation.drift import base_of
+from kore_fast.errors import ConstraintError, KoreError
+from kore_fast.evaluation.batches import BatchSize, Kept
+from kore_fast.evaluation.drift import base_of, digests
 from kore_fast.modules.sharding import plain_name
 from kore_fast.progress import Progress, silent
 
@@ -78,6 +79,7 @@ def held_out_leak(
     batch_size: int | BatchSize = 8,
     progress: Progress = silent,
     label: str = "leak on held-out inputs",
+    journal: Path | None = None,
 ) -> list[LayerChange]:
     """The change of every linear layer that was changed, against the inputs that ``sequences`` give it in the base.
 
@@ -88,6 +90,7 @@ def held_out_leak(
         model: a PEFT model with LoRA adapters (and perhaps modules trained in full beside them), or a model of the
             base's architecture (merged or trained in full).
         base: the untouched base; None for a PEFT model, whose adapters are then turned off for it.
+        journal: as in `measure_drift`.
 
     Returns:
         One row a changed layer, in the model's order; layers whose ΔW is zero are left out.
@@ -95,7 +98,8 @@ def held_out_leak(
     Raises:
         ConstraintError: no base for a model without adapters, a layer that one of the two lacks, or an adapter other
             than plain LoRA.
-        KoreError: memory does not suffice for one sequence; says which.
+        DataError: the journal cannot be read or written; names it.
+        KoreError: memory does not suffice for one sequence, or a layer's change is not finite; says which.
     """
     changes = _changes(model, base)
     part: dict[str, _Sums] = {}
@@ -121,7 +125,7 @@ def held_out_leak(
         # The head's work is a fifth of a small model's.
         head = {} if _head(untouched) in [modules[name] for name in changes] else {"logits_to_keep": 1}
 
-        def measure(rows: Sequence[int]) -> dict[str, _Sums]:
+        def measure(rows: Sequence[int]) -> dict[str, tuple[Any, ...]]:
             nonlocal mask, part
             part = {name: _Sums() for name in changes}
             inputs = collate([sequences[i] for i in rows], pad)
@@ -129,13 +133,14 @@ def held_out_leak(
             mask = inputs["attention_mask"].bool()
             with torch.inference_mode():
                 untouched(**inputs, **head)
-            return part
+            return {name: astuple(found) for name, found in part.items()}
 
+        done = Kept(journal if changes else None, lambda: [digests(sequences), batches, list(changes)])
         try:
             for batch in progress(batches, len(batches), label) if changes else ():
-                for _, found in size.run(batch, measure, lambda i: f"{label}, sequence {i}"):
+                for _, found in done.run(size, batch, measure, lambda i: f"{label}, sequence {i}"):
                     for name in sums:
-                        sums[name] += found[name]
+                        sums[name] += _Sums(*found[name])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -166,7 +171,14 @@ def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
                     f"{name}: {shapes[1]} in the base, {shapes[0]} in the model; not one architecture"
                 )
             find[name] = partial(_of_weights, ours[name].weight, theirs[name].weight)
-    return {name: change for name, work in find.items() if (change := work()) is not None}
+    changes = {name: change for name, work in find.items() if (change := work()) is not None}
+    for name, change in changes.items():
+        if not math.isfinite(change.norm):
+            raise KoreError(
+                f"{name}: its change is not finite, as after a training that diverged; train again with a lower "
+                "learning rate, or take an earlier checkpoint"
+            )
+    return changes
 
 
 def _of_adapters(model: nn.Module) -> dict[str, Callable[[], _Change | None]]:
@@ -211,7 +223,8 @@ def _of_adapter(name: str, layer: Any) -> _Change | None:
     down, up = torch.cat(A), torch.cat(B, dim=1)
     gram, cross = up.double().mT @ up.double(), down.double() @ down.double().mT
     norm = float((gram * cross).sum())
-    return _Change((up, down), norm) if norm > 0 else None
+    # Rounding may bring no change below zero; NaN is told by the caller.
+    return None if norm <= 0 else _Change((up, down), norm)
 
 
 def _rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

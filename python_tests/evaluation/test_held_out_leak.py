@@ -171,3 +171,16 @@ def test_what_cannot_be_measured_is_an_error(
         held_out_leak(other, tiny_model, tiny_processor, sequences)
     with pytest.raises(ConstraintError, match="merge it first"):
         held_out_leak(trained(tiny_model, use_dora=True), None, tiny_processor, sequences)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_diverged_layer_is_named(
+    tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded], merge: bool
+) -> None:
+    base = copy.deepcopy(tiny_model)
+    adapted = trained(tiny_model)
+    with torch.no_grad():
+        adapted.get_submodule(f"base_model.model.{LAYER}.lora_B.default").weight[0, 0] = float("nan")
+    model = adapted.merge_and_unload() if merge else adapted
+    with pytest.raises(KoreError, match=rf"{LAYER}: its change is not finite.*lower learning rate"):
+        held_out_leak(model, base, tiny_processor, sequences)
