@@ -73,13 +73,13 @@ def score_choices(
     for index, names in enumerate(choices):
         if not names:
             raise DataError(f"picture {index} has no choices to score")
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     done = Kept(
         journal,
         lambda: [[*map(_digest, pictures)], [*map(list, choices)], against_blank, batch_size, bfloat16],
     )
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
     precision = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
     try:
         with torch.inference_mode(), precision:
