@@ -6,9 +6,11 @@ What the change of each weight does to held-out activations is in `held_out_leak
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 
 from kore_fast.data.conversations import IGNORE, Encoded, by_length, collate, tokenizer_of
 from kore_fast.errors import ConstraintError
-from kore_fast.evaluation.batches import BatchSize
+from kore_fast.evaluation.batches import BatchSize, Kept
 from kore_fast.progress import Progress, silent
 
 
@@ -44,6 +46,7 @@ def measure_drift(
     bf16: bool = False,
     progress: Progress = silent,
     label: str = "drift",
+    journal: Path | None = None,
 ) -> list[Drift]:
     """Loss and drift of each sequence, over the tokens of its answers (for a plain text: all tokens after the first).
 
@@ -52,16 +55,19 @@ def measure_drift(
     Args:
         base: the untouched base; ``model`` itself, which is then compared with itself (drift zero); or None for a
             PEFT model, whose base is the same model with its adapters off: no second model in memory.
+        journal: where what is measured is kept batch by batch, so that a killed call goes on and gives what an
+            uninterrupted one does. It is bound to the sequences, not to the models: one file for each.
 
     Raises:
         ConstraintError: no base, and ``model`` is no PEFT model.
-        KoreError: memory does not suffice for one sequence; says which.
+        DataError: the journal cannot be read or written; names it.
+        KoreError: memory does not suffice for one sequence; says which. With a journal, also for what is not finite.
     """
     pad = tokenizer_of(processor).pad_token_id
     device = next(model.parameters()).device
     size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
 
-    def measure(rows: Sequence[int]) -> list[Drift]:
+    def measure(rows: Sequence[int]) -> list[dict[str, Any]]:
         inputs = collate([sequences[i] for i in rows], pad, labels=True)
         labels = inputs.pop("labels").to(device)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -83,15 +89,31 @@ def measure_drift(
             # The first are the embeddings, which go into the decoder.
             layers = zip(found.hidden_states[1:], before.hidden_states[1:], strict=True)
             moved = [_relative(here[row][kept], there[row][kept]) for here, there in layers]
-            results.append(Drift(float(loss.mean()), float(kl.mean()), sum(moved) / len(moved), int(kept.sum())))
+            one = Drift(float(loss.mean()), float(kl.mean()), sum(moved) / len(moved), int(kept.sum()))
+            results.append(asdict(one))
         return results
 
     drifts: dict[int, Drift] = {}
     batches = by_length([len(s) for s in sequences], size.size)
+    done = Kept(journal, lambda: [digests(sequences), batches, bf16])
     for batch in progress(batches, len(batches), label):
-        for rows, found in size.run(batch, measure, lambda i: f"{label}, sequence {i}"):
-            drifts |= dict(zip(rows, found, strict=True))
+        for rows, found in done.run(size, batch, measure, lambda i: f"{label}, sequence {i}"):
+            drifts |= {i: Drift(**one) for i, one in zip(rows, found, strict=True)}
     return [drifts[i] for i in range(len(sequences))]
+
+
+def digests(sequences: Sequence[Encoded]) -> list[str]:
+    """A digest of each sequence: tokens, what they are, pictures."""
+
+    def one(sequence: Encoded) -> str:
+        digest = hashlib.sha256()
+        for tensor in (sequence.input_ids, sequence.kinds, sequence.pixel_values, sequence.image_grid_thw):
+            if tensor is not None:
+                digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    return [one(sequence) for sequence in sequences]
 
 
 @contextmanager

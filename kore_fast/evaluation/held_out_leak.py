@@ -2,23 +2,26 @@
 
 The leak of an adapter's A against the covariance that it was made from is in the run's init stage. Here the covariance
 is of held-out inputs, and the change is all of it, ΔW = B·A or W′ − W: so LoRA, full fine-tuning and KORE are measured
-alike. Σ x xᵀ itself is never formed: tr(ΔW C ΔWᵀ) = Σ ‖ΔW x‖², and a forward pass has every x.
+alike, and so is what was trained in full beside an adapter. Σ x xᵀ itself is never formed: tr(ΔW C ΔWᵀ) = Σ ‖ΔW x‖²,
+and a forward pass has every x.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from kore_fast.data.conversations import Encoded, by_length, collate, tokenizer_of
-from kore_fast.errors import ConstraintError
-from kore_fast.evaluation.drift import base_of
+from kore_fast.errors import ConstraintError, KoreError
+from kore_fast.evaluation.batches import BatchSize, Kept
+from kore_fast.evaluation.drift import base_of, digests
 from kore_fast.modules.sharding import plain_name
 from kore_fast.progress import Progress, silent
 
@@ -43,6 +46,13 @@ class _Sums:
     outputs: float = 0.0
     changes: float = 0.0
 
+    def __iadd__(self, other: _Sums) -> _Sums:
+        self.tokens += other.tokens
+        self.inputs += other.inputs
+        self.outputs += other.outputs
+        self.changes += other.changes
+        return self
+
 
 @dataclass(frozen=True)
 class _Change:
@@ -66,17 +76,21 @@ def held_out_leak(
     processor: Any,
     sequences: Sequence[Encoded],
     *,
-    batch_size: int = 8,
+    batch_size: int | BatchSize = 8,
     progress: Progress = silent,
     label: str = "leak on held-out inputs",
+    journal: Path | None = None,
 ) -> list[LayerChange]:
     """The change of every linear layer that was changed, against the inputs that ``sequences`` give it in the base.
 
-    Computed in float32 with sums in float64; padding does not count.
+    Computed in float32 with sums in float64; padding does not count. Where memory runs out a batch is halved, and so
+    are those that follow; of an attempt that failed nothing is counted.
 
     Args:
-        model: a PEFT model with LoRA adapters, or a model of the base's architecture (merged or trained in full).
+        model: a PEFT model with LoRA adapters (and perhaps modules trained in full beside them), or a model of the
+            base's architecture (merged or trained in full).
         base: the untouched base; None for a PEFT model, whose adapters are then turned off for it.
+        journal: as in `measure_drift`.
 
     Returns:
         One row a changed layer, in the model's order; layers whose ΔW is zero are left out.
@@ -84,13 +98,15 @@ def held_out_leak(
     Raises:
         ConstraintError: no base for a model without adapters, a layer that one of the two lacks, or an adapter other
             than plain LoRA.
+        DataError: the journal cannot be read or written; names it.
+        KoreError: memory does not suffice for one sequence, or a layer's change is not finite; says which.
     """
     changes = _changes(model, base)
-    sums = {name: _Sums() for name in changes}
+    part: dict[str, _Sums] = {}
     mask = torch.empty(0)
 
     def watch(name: str, module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        x, y, found = _rows(inputs[0], mask), _rows(output, mask), sums[name]
+        x, y, found = _rows(inputs[0], mask), _rows(output, mask), part[name]
         found.tokens += len(x)
         found.inputs += _energy(x)
         found.outputs += _energy(y)
@@ -98,19 +114,33 @@ def held_out_leak(
 
     pad = tokenizer_of(processor).pad_token_id
     device = next(model.parameters()).device
-    batches = by_length([len(s) for s in sequences], batch_size)
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
+    batches = by_length([len(s) for s in sequences], size.size)
+    sums = {name: _Sums() for name in changes}
     with base_of(model, base) as untouched:
-        modules = {_plain(name): module for name, module in untouched.named_modules()}
+        modules: dict[str, nn.Module] = {}
+        for name, module in untouched.named_modules():
+            modules.setdefault(_plain(name), module)  # of a wrapper and the module in it, the wrapper
         hooks = [modules[name].register_forward_hook(partial(watch, name)) for name in changes]
         # The head's work is a fifth of a small model's.
         head = {} if _head(untouched) in [modules[name] for name in changes] else {"logits_to_keep": 1}
+
+        def measure(rows: Sequence[int]) -> dict[str, tuple[Any, ...]]:
+            nonlocal mask, part
+            part = {name: _Sums() for name in changes}
+            inputs = collate([sequences[i] for i in rows], pad)
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+            mask = inputs["attention_mask"].bool()
+            with torch.inference_mode():
+                untouched(**inputs, **head)
+            return {name: astuple(found) for name, found in part.items()}
+
+        done = Kept(journal if changes else None, lambda: [digests(sequences), batches, list(changes)])
         try:
-            for rows in progress(batches, len(batches), label) if changes else ():
-                inputs = collate([sequences[i] for i in rows], pad)
-                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-                mask = inputs["attention_mask"].bool()
-                with torch.inference_mode():
-                    untouched(**inputs, **head)
+            for batch in progress(batches, len(batches), label) if changes else ():
+                for _, found in done.run(size, batch, measure, lambda i: f"{label}, sequence {i}"):
+                    for name in sums:
+                        sums[name] += _Sums(*found[name])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -129,31 +159,48 @@ def _row(name: str, sums: _Sums, change: _Change) -> LayerChange:
 
 
 def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
-    from peft.tuners.lora import LoraLayer
-
-    adapted = {_plain(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    find: Callable[[str], _Change | None]
-    if adapted:
-        names = list(adapted)
-
-        def find(name: str) -> _Change | None:
-            return _of_adapter(name, adapted[name])
-    elif base is None:
-        raise ConstraintError(f"{type(model).__name__} has no LoRA layers: give the base model that it came from")
-    else:
+    find = _of_adapters(model)
+    if not find:
+        if base is None:
+            raise ConstraintError(f"{type(model).__name__} has no LoRA layers: give the base model that it came from")
         ours, theirs = dict(model.named_modules()), dict(base.named_modules())
-        names = [name for name, module in theirs.items() if isinstance(module, nn.Linear)]
-        for name in names:
+        for name in [name for name, module in theirs.items() if isinstance(module, nn.Linear)]:
             shapes = [getattr(getattr(side.get(name), "weight", None), "shape", None) for side in (ours, theirs)]
             if shapes[0] != shapes[1]:
                 raise ConstraintError(
                     f"{name}: {shapes[1]} in the base, {shapes[0]} in the model; not one architecture"
                 )
+            find[name] = partial(_of_weights, ours[name].weight, theirs[name].weight)
+    changes = {name: change for name, work in find.items() if (change := work()) is not None}
+    for name, change in changes.items():
+        if not math.isfinite(change.norm):
+            raise KoreError(
+                f"{name}: its change is not finite, as after a training that diverged; train again with a lower "
+                "learning rate, or take an earlier checkpoint"
+            )
+    return changes
 
-        def find(name: str) -> _Change | None:
-            return _of_weights(ours[name].weight, theirs[name].weight)
 
-    return {name: change for name in names if (change := find(name)) is not None}
+def _of_adapters(model: nn.Module) -> dict[str, Callable[[], _Change | None]]:
+    """How to find the change of each layer that PEFT adapted, and of each linear layer that it trained in full beside
+    them (``modules_to_save``)."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    find: dict[str, Callable[[], _Change | None]] = {}
+    for full_name, module in model.named_modules():
+        name = _plain(full_name)
+        if isinstance(module, LoraLayer):
+            find[name] = partial(_of_adapter, name, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            before = dict(module.original_module.named_modules())
+            for adapter in module.active_adapters:
+                trained = module.modules_to_save[adapter] if adapter in module.modules_to_save else nn.Module()
+                for inner, layer in trained.named_modules():
+                    if isinstance(layer, nn.Linear):
+                        whose = f"{name}.{inner}" if inner else name
+                        find[whose] = partial(_of_weights, layer.weight, before[inner].weight)
+    return find
 
 
 def _of_weights(weight: torch.Tensor, before: torch.Tensor) -> _Change | None:
@@ -176,7 +223,8 @@ def _of_adapter(name: str, layer: Any) -> _Change | None:
     down, up = torch.cat(A), torch.cat(B, dim=1)
     gram, cross = up.double().mT @ up.double(), down.double() @ down.double().mT
     norm = float((gram * cross).sum())
-    return _Change((up, down), norm) if norm > 0 else None
+    # Rounding may bring no change below zero; NaN is told by the caller.
+    return None if norm <= 0 else _Change((up, down), norm)
 
 
 def _rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -193,4 +241,5 @@ def _energy(values: torch.Tensor) -> float:
 
 
 def _plain(name: str) -> str:
-    return plain_name(name).removeprefix("base_model.model.")
+    """A layer's name in the base, also where PEFT wrapped a module to train a copy of it in full."""
+    return plain_name(name).removeprefix("base_model.model.").replace(".original_module", "")

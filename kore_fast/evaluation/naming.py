@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from kore_fast.errors import DataError
-from kore_fast.evaluation.batches import BatchSize
+from kore_fast.evaluation.batches import BatchSize, Kept
+from kore_fast.files import quick_digest
 
 QUESTION = "What is in the picture?"
 OPENING = "The picture shows"
@@ -35,6 +37,7 @@ def score_choices(
     batch_size: int = 16,
     bfloat16: bool = True,
     progress: Callable[[int], object] | None = None,
+    journal: Path | None = None,
 ) -> list[list[float]]:
     """Log-likelihood, in nats, of each choice as the answer "The picture shows a …." to "What is in the picture?".
 
@@ -47,15 +50,21 @@ def score_choices(
         choices: for each picture, the names to score.
         against_blank: subtract the log-likelihood of the same answer for a white picture, so that a name which is
             likely whatever the picture shows has no advantage (pointwise mutual information).
-        batch_size: pictures at a time, halved where memory runs out; the scores do not depend on it, beyond rounding.
+        batch_size: pictures at a time, halved where memory runs out, as are the names that are scored for the white
+            picture at a time (of these as many as such a batch of pictures has); the scores do not depend on it,
+            beyond rounding.
         bfloat16: compute under bfloat16 autocast (about twice as fast on a CPU that has it).
         progress: called with the number of pictures just finished.
+        journal: where scores are kept batch by batch, so that a killed call goes on and gives what an uninterrupted one
+            does. It is bound to pictures and choices, not to the model: one file for each.
 
     Returns:
         One list of scores a picture, in the order of its choices.
 
     Raises:
-        DataError: a picture cannot be read, or has no choices.
+        DataError: a picture cannot be read, or has no choices; the journal cannot be read or written.
+        KoreError: memory does not suffice for one picture, or for one name; says which. With a journal, also for scores
+            that are not finite.
     """
     import torch
 
@@ -64,26 +73,38 @@ def score_choices(
     for index, names in enumerate(choices):
         if not names:
             raise DataError(f"picture {index} has no choices to score")
+    done = Kept(
+        journal,
+        lambda: [[*map(_digest, pictures)], [*map(list, choices)], against_blank, batch_size, bfloat16],
+    )
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     precision = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
     try:
         with torch.inference_mode(), precision:
+            size = BatchSize(batch_size)
             blank: dict[str, float] = {}
-            if against_blank:
+            if against_blank and choices:
                 distinct = sorted({name for names in choices for name in names})
-                image = _white_picture()
-                scores = _score(model, processor, [image], [distinct])
-                blank = dict(zip(distinct, scores[0], strict=True))
+                white = _white_picture()
+
+                def score_white(rows: Sequence[int]) -> list[float]:
+                    return _score(model, processor, [white], [[distinct[i] for i in rows]])[0]
+
+                # The key-value cache is repeated for each name: no more of them than a batch of pictures has.
+                at_once = BatchSize(size.size * max(map(len, choices)))
+                for rows, values in done.run(
+                    at_once, range(len(distinct)), score_white, lambda i: f"{distinct[i]!r} for a white picture"
+                ):
+                    blank |= {distinct[i]: value for i, value in zip(rows, values, strict=True)}
 
             def score(rows: Sequence[int]) -> list[list[float]]:
                 images = [_open(pictures[i]) for i in rows]
                 return _score(model, processor, images, [choices[i] for i in rows])
 
             result: list[list[float]] = []
-            size = BatchSize(batch_size)
-            for rows, scores in size.run(range(len(pictures)), score, lambda i: f"picture {i}"):
+            for rows, scores in done.run(size, range(len(pictures)), score, lambda i: f"picture {i}"):
                 for i, row in zip(rows, scores, strict=True):
                     result.append([value - blank.get(name, 0.0) for value, name in zip(row, choices[i], strict=True)])
                 if progress is not None:
@@ -113,6 +134,12 @@ def _white_picture() -> Any:
     from PIL import Image
 
     return Image.new("RGB", (112, 112), "white")
+
+
+def _digest(picture: Any) -> str:
+    if isinstance(picture, str | Path):
+        return quick_digest(picture)
+    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
 def _open(picture: Any) -> Any:

@@ -14,7 +14,7 @@ from kore_fast.data.conversations import Encoded, encode, encode_texts
 from kore_fast.data.old_knowledge import Picture, PlainQuestion, Text, picture_prompts
 from kore_fast.data.questions import Question
 from kore_fast.evaluation.answering import ModelAnswerer
-from kore_fast.evaluation.batches import BatchSize
+from kore_fast.evaluation.batches import BatchSize, check_finite
 from kore_fast.evaluation.drift import measure_drift
 from kore_fast.evaluation.generation import Prompt
 from kore_fast.evaluation.held_out_leak import held_out_leak
@@ -69,8 +69,9 @@ def evaluate(
 ) -> dict[str, Metric]:
     """Measure ``model``, keep every prediction below ``folder``, and return its figures.
 
-    Parts whose file is there already are not measured again, and of a part that was being answered every batch is
-    kept, so that a killed run continues. A batch that memory does not suffice for is halved, as are those after it.
+    Parts whose file is there already are not measured again, and of a part that was being answered or measured every
+    batch is kept, so that a killed run continues, with the same result. A batch that memory does not suffice for is
+    halved, as are those after it.
 
     Args:
         base: the untouched base model, for drift; ``model`` itself when the base is measured; None for a PEFT model,
@@ -80,6 +81,11 @@ def evaluate(
 
     Returns:
         name → {"value", "low", "high", "count"} with 95 % intervals: Wilson's for shares, Student's for means.
+
+    Raises:
+        DataError: a file below ``folder`` cannot be read or written; names it.
+        KoreError: memory does not suffice for one prompt alone, or what was measured is not finite (a training that
+            diverged); says of which part.
     """
     base_folder = folder if base_folder is None else base_folder
     metrics: dict[str, Metric] = {}
@@ -97,13 +103,24 @@ def evaluate(
         found = ask_all(asked, answerer, _journal(folder / part), progress=progress, label=label)
         return [answer.text or "" for answer in found]
 
-    drift_size = BatchSize(8)
+    def drift(part: str, sequences: Sequence[Encoded], label: str) -> list[Row]:
+        path = folder / part
 
-    def drift(sequences: Sequence[Encoded], label: str) -> list[Row]:
-        found = measure_drift(
-            model, base, processor, sequences, batch_size=drift_size, bf16=suite.bf16, progress=progress, label=label
-        )
-        return [asdict(one) for one in found]
+        def measure() -> list[Row]:
+            # Each part begins with whole batches, so that its own do not depend on where a call was killed.
+            found = measure_drift(
+                model,
+                base,
+                processor,
+                sequences,
+                bf16=suite.bf16,
+                progress=progress,
+                label=label,
+                journal=_journal(path),
+            )
+            return [asdict(one) for one in found]
+
+        return _part(path, measure)
 
     def drifted(rows: Sequence[Row], what: str) -> None:
         if rows:  # a base that answers nothing has no answers to drift from
@@ -125,17 +142,18 @@ def evaluate(
             for _, row in read_jsonl(base_folder / "capitals.jsonl")[: suite.drift_samples]
             if row["prediction"]
         ]
-        drifted(_part(folder / "drift_chat.jsonl", lambda: drift(sequences, "drift on chat")), "chat")
+        drifted(drift("drift_chat.jsonl", sequences, "drift on chat"), "chat")
         held_out += sequences
     if suite.texts:
         passages = encode_texts(processor, [text.text for text in suite.texts], suite.text_tokens)
-        rows = _part(folder / "drift_text.jsonl", lambda: drift(passages, "held-out text"))
+        rows = drift("drift_text.jsonl", passages, "held-out text")
         if rows:
             metrics["wikipedia_loss"] = mean([row["loss"] for row in rows])
         drifted(rows, "text")
         held_out += passages[: suite.drift_samples]
     if suite.pictures:
-        rows = _part(folder / "pictures.jsonl", lambda: _pictures(model, processor, suite, progress))
+        path = folder / "pictures.jsonl"
+        rows = _part(path, partial(_pictures, model, processor, suite, _journal(path), progress))
         metrics["picture_naming"] = share([row["chosen"] == row["name"] for row in rows])
         described = suite.pictures[: suite.drift_samples]
         prompts = [Prompt(picture_prompts()[0], picture.path) for picture in described]
@@ -162,13 +180,12 @@ def evaluate(
                 for picture, prompt in zip(described, prompts, strict=True)
                 if told.get(picture.id)
             ]
-            drifted(_part(folder / "drift_pictures.jsonl", lambda: drift(shown, "drift on pictures")), "picture")
+            drifted(drift("drift_pictures.jsonl", shown, "drift on pictures"), "picture")
             held_out += shown
     if held_out and base is not model:
-        rows = _part(
-            folder / "held_out_leak.jsonl",
-            lambda: [asdict(row) for row in held_out_leak(model, base, processor, held_out, progress=progress)],
-        )
+        path = folder / "held_out_leak.jsonl"
+        leak = partial(held_out_leak, model, base, processor, held_out, progress=progress, journal=_journal(path))
+        rows = _part(path, lambda: [asdict(row) for row in leak()])
         if rows:
             metrics["held_out_leak"] = mean([row["leak"] for row in rows])
             metrics["outputs_moved"] = mean([row["moved"] for row in rows])
@@ -177,13 +194,15 @@ def evaluate(
 
 def _part(path: Path, measure: Callable[[], list[Row]]) -> list[Row]:
     if not path.exists():
-        write_jsonl(path, measure())
+        rows = measure()
+        check_finite(rows, path)
+        write_jsonl(path, rows)
     _journal(path).unlink(missing_ok=True)
     return [row for _, row in read_jsonl(path)]
 
 
 def _journal(path: Path) -> Path:
-    """Where a part's answers are kept until it is whole."""
+    """Where a part's answers or figures are kept until it is whole."""
     return path.with_suffix(".partial.jsonl")
 
 
@@ -233,7 +252,7 @@ def _capitals(suite: Suite, answers: Answers) -> list[Row]:
     ]
 
 
-def _pictures(model: nn.Module, processor: Any, suite: Suite, progress: Progress) -> list[Row]:
+def _pictures(model: nn.Module, processor: Any, suite: Suite, journal: Path, progress: Progress) -> list[Row]:
     paths, choices = [p.path for p in suite.pictures], [p.choices for p in suite.pictures]
     shown = progress(range(len(paths)), len(paths), "name pictures")
 
@@ -241,7 +260,7 @@ def _pictures(model: nn.Module, processor: Any, suite: Suite, progress: Progress
         for _ in range(done):
             next(shown, None)
 
-    scores = score_choices(model, processor, paths, choices, bfloat16=suite.bf16, progress=advance)
+    scores = score_choices(model, processor, paths, choices, bfloat16=suite.bf16, progress=advance, journal=journal)
     return [
         {
             "id": picture.id,

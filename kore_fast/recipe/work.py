@@ -347,7 +347,7 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
         benchmarks, how = measure_benchmarks(recipe, model, processor, run / FOLDER / name, progress)
         metrics |= benchmarks
         settings |= how
-    if method is not None:
+    if method is not None and options.evoke_questions is None:  # as K.R, of all questions or not at all
         metrics = with_hars(metrics, read_json(run / "evaluate" / BASE / "scores.json")["metrics"])
     write_json(
         folder / "scores.json",

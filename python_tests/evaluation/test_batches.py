@@ -1,17 +1,19 @@
-"""Batches that run out of memory are halved, for good; nothing is lost, and one that is too much is named."""
+"""Batches that run out of memory are halved, for good; nothing is lost, one that is too much is named, and what was
+killed goes on in the very parts that it would have had."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from kore_fast.errors import KoreError
-from kore_fast.evaluation.batches import BatchSize, is_out_of_memory
+from kore_fast.errors import DataError, KoreError
+from kore_fast.evaluation.batches import BatchSize, Kept, is_out_of_memory
 from kore_fast.evaluation.generation import Prompt, generate_answers
 
 
@@ -109,3 +111,92 @@ def test_answers_are_the_same_on_a_model_that_takes_two_at_once(loud_model: nn.M
     assert batches == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert size.size == 1
     assert len(set(calm)) > 3
+
+
+class Work:
+    """Squares of the rows, with room for four at once, killed after so many parts."""
+
+    def __init__(self, parts: int = 1000) -> None:
+        self.parts = parts
+        self.done: list[list[int]] = []
+
+    def __call__(self, rows: Sequence[int]) -> list[int]:
+        if len(rows) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(self.done) == self.parts:
+            raise KeyboardInterrupt
+        self.done.append(list(rows))
+        return [row * row for row in rows]
+
+    def on(self, journal: Path | None, asked: Any = "squares") -> list[int]:
+        """The results over three batches, of which the first alone has room whole."""
+        kept, size = Kept(journal, lambda: asked), BatchSize(8)
+        batches = [range(4), range(4, 12), range(12, 20)]
+        return [value for rows in batches for _, found in kept.run(size, rows, self, str) for value in found]
+
+
+@pytest.mark.parametrize("torn", ["", '{"asked": "', '{"asked": "x", "rows": 4, "size": 4, "found": [1]}'])
+@pytest.mark.parametrize("parts", range(6))
+def test_what_was_killed_goes_on_in_the_parts_of_an_uninterrupted_run(tmp_path: Path, parts: int, torn: str) -> None:
+    calm = Work()
+    assert calm.on(None) == [row * row for row in range(20)]
+    assert [len(part) for part in calm.done] == [4, 4, 4, 4, 4]
+    journal = tmp_path / "squares.partial.jsonl"
+    first, again = Work(parts), Work()
+    if parts < 5:
+        with pytest.raises(KeyboardInterrupt):
+            first.on(journal)
+    else:
+        first.on(journal)
+    with open(journal, "a") as file:
+        file.write(torn)
+    assert again.on(journal) == [row * row for row in range(20)]
+    assert first.done + again.done == calm.done
+    assert journal.read_text().count("\n") == 5
+    assert Work(0).on(journal) == [row * row for row in range(20)]
+
+
+def test_a_smaller_size_is_remembered_also_where_the_next_batch_would_fit(tmp_path: Path) -> None:
+    """Memory may have run out of a batch of long rows, and those that follow are short."""
+
+    def work(rows: Sequence[int]) -> int:
+        if len(rows) > 2 and 0 in rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if stop and 4 in rows:
+            raise KeyboardInterrupt
+        done.append(list(rows))
+        return len(rows)
+
+    def run() -> None:
+        kept, size = Kept(tmp_path / "j.jsonl", lambda: 0), BatchSize(4)
+        for rows in (range(4), range(4, 8)):
+            list(kept.run(size, rows, work, str))
+
+    done: list[list[int]] = []
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    stop = False
+    run()
+    assert done == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_journal_of_something_else_is_begun_anew_and_a_foreign_one_refused(tmp_path: Path) -> None:
+    journal = tmp_path / "squares.partial.jsonl"
+    Work().on(journal)
+    other = Work(2)
+    with pytest.raises(KeyboardInterrupt):
+        other.on(journal, asked=["squares", "of others"])
+    assert len(other.done) == journal.read_text().count("\n") == 2
+    journal.write_text('{"key": 1}\n')
+    with pytest.raises(DataError, match=r"squares\.partial\.jsonl, line 1: not a row"):
+        Work().on(journal)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), [0.0, [float("nan")]], {"loss": {"x": float("inf")}}])
+def test_what_is_not_finite_is_not_kept_and_told(tmp_path: Path, value: Any) -> None:
+    kept = Kept(tmp_path / "kore" / "drift_text.partial.jsonl", lambda: 0)
+    with pytest.raises(KoreError, match=r"kore/drift_text\.partial\.jsonl: .*not a finite number.*lower learning rate"):
+        list(kept.run(BatchSize(2), range(2), lambda rows: value, str))
+    assert (tmp_path / "kore" / "drift_text.partial.jsonl").read_text() == ""
+    assert [found for _, found in Kept(None, lambda: 0).run(BatchSize(2), range(2), lambda rows: value, str)] == [value]

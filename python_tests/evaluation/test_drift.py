@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,27 @@ def test_a_batch_that_is_too_large_is_halved(
         assert (one.loss, one.kl, one.hidden, one.tokens) == pytest.approx(
             (other.loss, other.kl, other.hidden, other.tokens), rel=1e-5
         )
+
+
+def test_a_journal_holds_for_the_very_sequences(
+    tiny_model: nn.Module,
+    changed: nn.Module,
+    tiny_processor: Any,
+    sequences: list[Encoded],
+    tmp_path: Path,
+) -> None:
+    journal = tmp_path / "drift.partial.jsonl"
+    first = measure_drift(changed, tiny_model, tiny_processor, sequences, batch_size=2, journal=journal)
+    assert first == measure_drift(changed, tiny_model, tiny_processor, sequences, batch_size=2)
+    forwards = []
+    changed.register_forward_pre_hook(lambda module, given: forwards.append(1))
+    assert measure_drift(changed, tiny_model, tiny_processor, sequences, batch_size=2, journal=journal) == first
+    assert forwards == []
+    assert all(sequences[i].pixel_values is not None for i in (1, 2))
+    for other in (
+        [*sequences[:2], replace(sequences[2], pixel_values=sequences[1].pixel_values), *sequences[3:]],
+        [*sequences[:-1], replace(sequences[-1], input_ids=sequences[-1].input_ids.flip(0))],
+        sequences[1:],
+    ):
+        fresh = measure_drift(changed, tiny_model, tiny_processor, other, batch_size=2)
+        assert measure_drift(changed, tiny_model, tiny_processor, other, batch_size=2, journal=journal) == fresh

@@ -13,7 +13,8 @@ from torch import nn
 
 import kore_fast as kf
 from kore_fast.data.conversations import Encoded, collate, encode, encode_texts
-from kore_fast.errors import ConstraintError
+from kore_fast.errors import ConstraintError, KoreError
+from kore_fast.evaluation.batches import BatchSize
 from kore_fast.evaluation.held_out_leak import held_out_leak
 from kore_fast.ops.factors import leak
 
@@ -70,6 +71,55 @@ def test_an_adapter_its_merged_weights_and_no_second_model_give_the_same(
         assert [row.moved for row in rows] == pytest.approx([rows[0].moved] * 3, rel=1e-3)
 
 
+@pytest.mark.parametrize("beside", ["multi_modal_projector", "lm_head"])
+def test_what_was_trained_in_full_beside_an_adapter_counts_as_in_the_merged_model(
+    tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded], beside: str
+) -> None:
+    base = copy.deepcopy(tiny_model)
+    adapted = trained(tiny_model, modules_to_save=[beside])
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if f"{beside}.modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    alone = held_out_leak(adapted, None, tiny_processor, sequences)
+    given = held_out_leak(adapted, base, tiny_processor, sequences)
+    merged = held_out_leak(adapted.merge_and_unload(), base, tiny_processor, sequences)
+    linears = [name for name, m in base.named_modules() if isinstance(m, nn.Linear) and beside in name]
+    assert linears
+    assert [row.layer for row in merged if beside in row.layer] == linears
+    assert len(merged) == 14 + len(linears)
+    for rows in zip(alone, given, merged, strict=True):
+        assert len({(row.layer, row.tokens) for row in rows}) == 1
+        assert [row.leak for row in rows] == pytest.approx([rows[0].leak] * 3, rel=1e-3)
+        assert [row.moved for row in rows] == pytest.approx([rows[0].moved] * 3, rel=1e-3)
+
+
+def test_a_batch_that_is_too_large_is_halved_and_counts_once(
+    tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded]
+) -> None:
+    adapted, tried, room = trained(tiny_model), [], 2
+
+    def too_large(module: nn.Module, given: tuple[Any, ...]) -> None:
+        tried.append(len(given[0]))
+        if tried[-1] > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    wanted = held_out_leak(adapted, None, tiny_processor, sequences, batch_size=1)
+    # Memory runs out late in the forward pass, when the layers before have been counted.
+    adapted.get_submodule(f"base_model.model.{LAYER}").register_forward_pre_hook(too_large)
+    size = BatchSize(4)
+    found = held_out_leak(adapted, None, tiny_processor, sequences, batch_size=size)
+    assert tried == [4, 2, 2]
+    assert size.size == 2
+    assert [row.layer for row in found] == [row.layer for row in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert one.tokens == other.tokens == sum(len(s) for s in sequences)
+        assert (one.leak, one.moved) == pytest.approx((other.leak, other.moved), rel=1e-5)
+    room = 0
+    with pytest.raises(KoreError, match=r"leak on held-out inputs, sequence \d: not enough memory"):
+        held_out_leak(adapted, None, tiny_processor, sequences)
+
+
 def test_a_change_in_the_null_space_leaks_nothing_and_one_along_the_inputs_much(
     tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded]
 ) -> None:
@@ -121,3 +171,16 @@ def test_what_cannot_be_measured_is_an_error(
         held_out_leak(other, tiny_model, tiny_processor, sequences)
     with pytest.raises(ConstraintError, match="merge it first"):
         held_out_leak(trained(tiny_model, use_dora=True), None, tiny_processor, sequences)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_diverged_layer_is_named(
+    tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded], merge: bool
+) -> None:
+    base = copy.deepcopy(tiny_model)
+    adapted = trained(tiny_model)
+    with torch.no_grad():
+        adapted.get_submodule(f"base_model.model.{LAYER}.lora_B.default").weight[0, 0] = float("nan")
+    model = adapted.merge_and_unload() if merge else adapted
+    with pytest.raises(KoreError, match=rf"{LAYER}: its change is not finite.*lower learning rate"):
+        held_out_leak(model, base, tiny_processor, sequences)

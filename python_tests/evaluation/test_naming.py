@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kore_fast.errors import DataError
+from kore_fast.errors import DataError, KoreError
 from kore_fast.evaluation import naming
 from kore_fast.evaluation.naming import (
     OPENING,
@@ -69,6 +69,71 @@ def test_pictures_that_are_too_many_are_halved(
     assert told == [2, 2]
     for row, wanted in zip(halved, whole, strict=True):
         assert row == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_white_pictures_names_go_in_chunks_which_are_halved_too(
+    tiny_model: Any, tiny_processor: Any, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, real = score_choices(tiny_model, tiny_processor, pictures, CHOICES, bfloat16=False), naming._score
+    tried: list[list[int]] = []
+    room = 4
+
+    def small(model: Any, processor: Any, images: Any, choices: Any) -> Any:
+        tried.append([len(names) for names in choices])
+        if sum(tried[-1]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, processor, images, choices)
+
+    monkeypatch.setattr(naming, "_score", small)
+    halved = score_choices(tiny_model, tiny_processor, pictures, CHOICES, bfloat16=False, batch_size=2)
+    # Ten names: no more at once than two pictures may have, and then half as many. The pictures' batches are their own.
+    assert tried == [[8], [4], [4], [2], [3, 2], [3], [2], [1], [4]]
+    for row, wanted in zip(halved, whole, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-4)
+    room = 0
+    with pytest.raises(KoreError, match="'apple tree' for a white picture: not enough memory"):
+        score_choices(tiny_model, tiny_processor, pictures, CHOICES, bfloat16=False)
+
+
+def test_a_killed_scoring_goes_on_after_its_last_batch(
+    tiny_model: Any, tiny_processor: Any, pictures: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(shown: list[Any]) -> list[list[float]]:
+        options = {**plain, "progress": told.append, "journal": tmp_path / "pictures.partial.jsonl"}
+        return score_choices(tiny_model, tiny_processor, shown, CHOICES, **options)
+
+    told: list[int] = []
+    plain: dict[str, Any] = {"bfloat16": False, "batch_size": 1}
+    calm = score_choices(tiny_model, tiny_processor, pictures, CHOICES, **plain)
+    real, most, done = naming._score, 0, 0
+
+    def killed(*given: Any) -> Any:
+        nonlocal done
+        if done == most:
+            raise KeyboardInterrupt
+        done += 1
+        return real(*given)
+
+    monkeypatch.setattr(naming, "_score", killed)
+    # Ten names in chunks of four, and four pictures: each is scored once, wherever the calls before were killed.
+    for stop in (1, 2, 5):
+        most = stop
+        told.clear()
+        with pytest.raises(KeyboardInterrupt):
+            score(pictures)
+    assert told == [1, 1]
+    most = 7
+    assert score(pictures) == calm
+    assert done == 7
+    files = [tmp_path / f"{n}.png" for n in range(4)]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.save(file)
+    done, most = 0, 100
+    assert score(files) == calm
+    assert done == 7  # a journal of other pictures is not taken
+    pictures[1].save(files[0])
+    changed = score(files)
+    assert (changed[0] == calm[0], changed[1:]) == (False, calm[1:])
 
 
 def test_blank_picture_scores_zero_against_itself(tiny_model: Any, tiny_processor: Any) -> None:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from kore_fast.data.old_knowledge import PlainQuestion, read_pictures, read_texts, sample
+from kore_fast.data.old_knowledge import PlainQuestion, Text, read_pictures, read_texts, sample
 from kore_fast.data.questions import Question
+from kore_fast.errors import KoreError
 from kore_fast.evaluation import answering
 from kore_fast.evaluation import suite as module
 from kore_fast.evaluation.metrics import cover_exact_match, cover_exact_match_corrected, token_f1
 from kore_fast.evaluation.suite import Suite, evaluate
 from kore_fast.files import read_jsonl, write_jsonl
+from kore_fast.journal import Journal
 
 PARTS = {
     "questions.jsonl",
@@ -177,6 +179,89 @@ def test_a_part_that_was_being_answered_keeps_its_batches(
     names = [path.name for path in (tmp_path / "run").iterdir()]
     assert names == ["questions.jsonl"]
     assert (tmp_path / "run" / names[0]).read_bytes() == (tmp_path / "calm" / names[0]).read_bytes()
+
+
+@pytest.fixture
+def larger(wanted: Suite) -> Suite:
+    """Three batches and more of everything."""
+    texts = [Text(f"text {n}", "A river is long. " * (1 + n % 3) + str(n)) for n in range(20)]
+    pictures = [replace(picture, id=f"{n} {picture.id}") for n in range(20) for picture in wanted.pictures[:2]]
+    capitals = [PlainQuestion(f"C{n}", f"What is the capital of country {n}?", "Paris") for n in range(20)]
+    return replace(
+        wanted, questions=(), texts=texts, text_tokens=64, pictures=pictures, capitals=capitals, drift_samples=20
+    )
+
+
+@pytest.mark.parametrize(
+    "part", ["drift_chat.jsonl", "drift_text.jsonl", "pictures.jsonl", "drift_pictures.jsonl", "held_out_leak.jsonl"]
+)
+def test_a_part_that_was_being_measured_goes_on_and_ends_with_the_same_bytes(
+    loud_model: nn.Module,
+    tiny_processor: Any,
+    larger: Suite,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+) -> None:
+    base = copy.deepcopy(loud_model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in loud_model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    evaluate(base, base, tiny_processor, larger, tmp_path / "base")
+    append, batches, most = Journal.append, [], 1000
+
+    def counting(journal: Journal, rows: Any) -> None:
+        rows = list(rows)
+        if rows and journal.path == tmp_path / folder / part.replace(".jsonl", ".partial.jsonl"):
+            if len(batches) == most:
+                with open(journal.path, "a") as file:
+                    file.write('{"asked": "')  # killed while it wrote
+                raise KeyboardInterrupt
+            batches.append(rows)
+        append(journal, rows)
+
+    monkeypatch.setattr(Journal, "append", counting)
+
+    def measure() -> Any:
+        return evaluate(loud_model, base, tiny_processor, larger, tmp_path / folder, base_folder=tmp_path / "base")
+
+    folder = "calm"
+    calm = measure()
+    whole, folder, batches, most = batches, "run", [], 2
+    assert len(whole) >= 3
+    with pytest.raises(KeyboardInterrupt):
+        measure()
+    assert not (tmp_path / folder / part).exists()
+    before, batches, most = batches, [], 1000
+    assert measure() == calm
+    assert before + batches == whole
+    files = {name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("calm", "run")}
+    assert files["run"] == files["calm"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "part"),
+    [
+        ("language_model.layers.1.mlp.down_proj", "drift_chat"),
+        ("vision_tower", "pictures"),
+    ],
+)
+def test_a_diverged_model_is_told_with_its_part(
+    tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path, broken: str, part: str
+) -> None:
+    base = copy.deepcopy(tiny_model)
+    evaluate(base, base, tiny_processor, wanted, tmp_path / "base")
+    # A base that says something, whatever the random one says.
+    said = [{**row, "prediction": "Paris."} for row in rows(tmp_path / "base", "capitals.jsonl")]
+    write_jsonl(tmp_path / "base" / "capitals.jsonl", said)
+    with torch.no_grad():
+        for name, parameter in tiny_model.named_parameters():
+            if broken in name:
+                parameter.fill_(float("nan"))
+    with pytest.raises(KoreError, match=rf"kore/{part}\..*not a finite number.*lower learning rate"):
+        evaluate(tiny_model, base, tiny_processor, wanted, tmp_path / "kore", base_folder=tmp_path / "base")
+    assert not (tmp_path / "kore" / f"{part}.jsonl").exists()
 
 
 def test_an_empty_part_is_left_out(tiny_model: nn.Module, tiny_processor: Any, wanted: Suite, tmp_path: Path) -> None:

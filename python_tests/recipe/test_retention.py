@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from kore_fast.cli import main
 from kore_fast.evaluation.lmms import RETENTION
 from kore_fast.files import read_json
+from kore_fast.recipe import work
 from kore_fast.recipe.retention import to_try_again, with_hars
 from kore_fast.report.words import BENCHMARKS, METRICS
 from kore_fast.report.words import RETENTION as SHOWN
@@ -162,6 +164,28 @@ def test_hars() -> None:
     for undefined in (figures(0.0, 0.45), figures(None, 0.45), figures(0.4, None), {}):
         assert "hars" not in with_hars(undefined, figures(0.2, 0.5))
         assert "hars" not in with_hars(figures(0.4, 0.45), undefined)
+
+
+@pytest.mark.parametrize("first", [None, 1])
+def test_no_hars_on_the_first_of_evokes_questions(
+    copied: Path, data: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch, first: int | None
+) -> None:
+    adaptation, retention = iter([0.20, 0.30, 0.40]), iter([0.50, 0.40, 0.45])
+    monkeypatch.setattr(work, "_evaluate_evoke", lambda *_: {"evoke_ka": {"value": next(adaptation)}})
+    monkeypatch.setattr(work, "measure_benchmarks", lambda *_: ({"k_r": {"value": next(retention)}}, {}))
+    asked = copied / "evoke_evaluation_data.jsonl"
+    picture = copied / "imgs" / "evaluation" / "eval_wikidata_imgs" / "red_0.png"
+    picture.parent.mkdir(parents=True)
+    shutil.copyfile(data / "pope" / "red.png", picture)
+    row = {"image": "eval_wikidata_imgs/red_0.png", "text": "What?", "answer": "red"}
+    rows = [{"question_id": n, **row, "type": "film", "cnn_wiki_type": "wiki"} for n in (1, 2)]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limit = [f"evaluation.evoke_questions={first}"] if first else []
+    assert evaluate(copied, data, "evaluation.retention.benchmarks=[pope]", f"evaluation.evoke={asked}", *limit) == 0
+    for method in ("lora", "kore"):
+        metrics = scores(copied, method)["metrics"]
+        assert {"evoke_ka", "k_r"} <= metrics.keys()
+        assert ("hars" in metrics) == (first is None)
 
 
 def test_words() -> None:
