@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +96,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     seen: list[str] = []
 
-    def generate(network: nn.Module, processor: Any, prompts: list[Encoded], **options: Any) -> list[str]:
-        answers = []
-        for prompt in prompts:
-            text = tokenizer_of(processor).decode(prompt.input_ids)
+    def stream(
+        network: nn.Module, processor: Any, prompts: list[Encoded], *, wanted: set[int], **options: Any
+    ) -> Iterator[dict[int, str]]:
+        for place in sorted(wanted):
+            text = tokenizer_of(processor).decode(prompts[place].input_ids)
             seen.append(text)
             question = text.rpartition("<|im_start|>user\n")[2].replace("<image>" * 4, "<image>")
-            answers.append(next((answer for part, answer in ANSWERS.items() if part in question), "unknown"))
-        return answers
+            yield {place: next((answer for part, answer in ANSWERS.items() if part in question), "unknown")}
 
-    monkeypatch.setattr(bridge, "generate_answers", generate)
+    monkeypatch.setattr(bridge, "stream_answers", stream)
     return seen
 
 
@@ -210,6 +210,63 @@ def test_answers_of_an_interrupted_benchmark_are_kept(
     assert len(asked) == count
 
 
+class Killed(BaseException):
+    """As `KeyboardInterrupt`: nothing catches it."""
+
+
+def dying_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The model dies in the batch after so many; the list takes how many were in each."""
+    from kore_fast.evaluation import generation
+
+    collate, sizes = generation.collate, []
+
+    def counted(rows: Sequence[Encoded], *args: Any, **options: Any) -> Any:
+        if len(sizes) == batches:
+            raise Killed
+        sizes.append(len(rows))
+        return collate(rows, *args, **options)
+
+    monkeypatch.setattr(generation, "collate", counted)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "killed_after", "kept"),
+    # Six questions in three batches; two conversations of three turns and one: two batches, then one and one.
+    [("pope", 2, 2, 4), ("mmdu", 1, 2, 2), ("mmdu", 1, 3, 3), ("mmdu", 2, 1, 2)],
+)
+def test_a_kill_loses_one_batch(
+    name: str,
+    batch_size: int,
+    killed_after: int,
+    kept: int,
+    measure: Callable[..., Retention],
+    loopback_judge: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def again(folder: str) -> list[dict[str, Any]]:
+        measure([name], judge=loopback_judge.options(), batch_size=batch_size, folder=tmp_path / folder)
+        return [json.loads(line) for line in (tmp_path / folder / name / "answers.jsonl").read_text().splitlines()]
+
+    with monkeypatch.context() as patched:
+        whole_batches = dying_after(-1, patched)
+        whole = again("whole")
+    with monkeypatch.context() as patched:
+        dying_after(killed_after, patched)
+        with pytest.raises(Killed):
+            again("killed")
+    journal = tmp_path / "killed" / name / "answers.jsonl"
+    assert len(journal.read_text().splitlines()) == kept
+    with monkeypatch.context() as patched:
+        batches = dying_after(-1, patched)
+        assert again("killed") == whole
+    # The batches of the run that was not interrupted.
+    assert batches == whole_batches[killed_after:]
+    predictions = [(tmp_path / run / name / "predictions.jsonl").read_text() for run in ("whole", "killed")]
+    assert predictions[0] == predictions[1]
+
+
 def test_another_judge_and_more_questions_ask_nothing_twice(
     measure: Callable[..., Retention], asked: list[str], loopback_judge: Any
 ) -> None:
@@ -293,11 +350,11 @@ def test_limit_and_the_longest_answer(
 
     limits: list[int] = []
 
-    def generate(network: nn.Module, processor: Any, prompts: list[Encoded], **options: Any) -> list[str]:
+    def stream(network: nn.Module, processor: Any, prompts: list[Encoded], **options: Any) -> Iterator[dict[int, str]]:
         limits.append(options["max_new_tokens"])
-        return ["1"] * len(prompts)
+        yield dict.fromkeys(range(len(prompts)), "1")
 
-    monkeypatch.setattr(bridge, "generate_answers", generate)
+    monkeypatch.setattr(bridge, "stream_answers", stream)
     result = measure(["mathvision", "pope", "mme"], limit=2, max_new_tokens=100)
     assert [score.questions for score in result.scores] == [2, 2, None]
     assert limits == [100, 100, 16]
