@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from kore_fast.evaluation.lmms.readable import Readable, extraction, holds
+
 Metrics = Mapping[str, float | None]
 
 
@@ -30,8 +32,8 @@ class Benchmark:
     data: str = ""
     """For our own tasks: which files are wanted as local data."""
     judged: bool = False
-    readable: str = ""
-    """For judged ones: what a usable answer of the judge holds, a regular expression."""
+    readable: Readable | None = None
+    """For judged ones: whether an answer of the judge can be used."""
     vlmevalkit: tuple[str, str] = ("", "")
     """VLMEvalKit's data set and the class that reads it."""
 
@@ -123,7 +125,7 @@ RETENTION: tuple[Benchmark, ...] = (
         metrics=("gpt_eval_score",),
         points=_share("gpt_eval_score"),
         judged=True,
-        readable=r"(?i)total\s+score\s*:\s*\d+\s*/\s*\d+",
+        readable=holds(r"(?i)total\s+score\s*:\s*\d+\s*/\s*\d+"),
         vlmevalkit=("MIA-Bench", "MIABench"),
     ),
     Benchmark(
@@ -137,7 +139,7 @@ RETENTION: tuple[Benchmark, ...] = (
         own=True,
         data="VLMEvalKit's MMDU.tsv, or MMDU's benchmark.json as JSON lines with its pictures",
         judged=True,
-        readable=r"(?i)[\"']?overall score[\"']?\s*:\s*\d+",
+        readable=holds(r"(?i)[\"']?overall score[\"']?\s*:\s*\d+"),
         vlmevalkit=("MMDU", "MMDUDataset"),
     ),
     Benchmark(
@@ -150,7 +152,7 @@ RETENTION: tuple[Benchmark, ...] = (
         points=_percent("llm_as_judge_eval"),
         images=("decoded_image",),
         judged=True,
-        readable=r"\S",
+        readable=extraction,
         vlmevalkit=("MathVista_MINI", "MathVista"),
     ),
     Benchmark(
@@ -181,7 +183,7 @@ RETENTION: tuple[Benchmark, ...] = (
         metrics=("aAcc", "fAcc", "qAcc"),
         points=lambda m: sum(_number(m[name]) for name in ("aAcc", "fAcc", "qAcc")) / 3,
         judged=True,
-        readable=r"(?i)correct|unclear",
+        readable=holds(r"(?i)correct|unclear"),
         vlmevalkit=("HallusionBench", YES_OR_NO),
     ),
 )

@@ -351,7 +351,7 @@ def _measure(
 
     told: dict[str, Any] | None = None
     try:
-        if benchmark.judged and judge is not None:
+        if benchmark.readable is not None and judge is not None:
             with judging(judge, benchmark.readable, place / JUDGED) as record:
                 outcome = run()
             if record.problem is not None:

@@ -307,7 +307,7 @@ def test_a_judge_that_answers_nonsense(
     measure: Callable[..., Retention], asked: list[str], loopback_judge: Any
 ) -> None:
     loopback_judge.script = lambda prompt: "I would rather talk about the weather."
-    result = measure(["mia_bench", "hallusionbench", "mmdu"], judge=loopback_judge.options())
+    result = measure(sorted(JUDGED), judge=loopback_judge.options())
     for score in result.scores:
         assert score.points is None
         assert score.missing is not None
