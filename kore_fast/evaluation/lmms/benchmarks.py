@@ -27,10 +27,16 @@ class Benchmark:
     points: Callable[[Metrics], float]
     images: tuple[str, ...] = ("image",)
     """The columns of its data that hold a picture; with a trailing ``*`` a list of pictures."""
+    configurations: tuple[str, ...] = ()
+    """Where its data set on the hub has several, each in a folder of its name: first the one that is measured."""
+    parts: bool = False
+    """Folders with its split are parts of one whole."""
     own: bool = False
     """The task is ours: lmms-eval has none."""
     data: str = ""
     """For our own tasks: which files are wanted as local data."""
+    file: str = ""
+    """Among other files of its data set, the one with the questions."""
     judged: bool = False
     readable: Readable | None = None
     """For judged ones: whether an answer of the judge can be used."""
@@ -76,6 +82,7 @@ RETENTION: tuple[Benchmark, ...] = (
         split="dev",
         metrics=("gpt_eval_score",),
         points=_percent("gpt_eval_score"),
+        configurations=("en", "cn", "cc"),
         vlmevalkit=("MMBench_DEV_EN", MULTIPLE_CHOICE),
     ),
     Benchmark(
@@ -96,6 +103,7 @@ RETENTION: tuple[Benchmark, ...] = (
         points=_share("exact_match"),
         own=True,
         data="VLMEvalKit's OCRVQA_TESTCORE.tsv, or rows of image, questions and answers",
+        file="OCRVQA_TESTCORE.tsv",
         vlmevalkit=("OCRVQA_TESTCORE", "ImageVQADataset"),
     ),
     Benchmark(
@@ -105,6 +113,7 @@ RETENTION: tuple[Benchmark, ...] = (
         split="test",
         metrics=("exact_match",),
         points=_share("exact_match"),
+        configurations=("ScienceQA-IMG", "ScienceQA-FULL"),
         vlmevalkit=("ScienceQA_TEST", MULTIPLE_CHOICE),
     ),
     Benchmark(
@@ -115,6 +124,8 @@ RETENTION: tuple[Benchmark, ...] = (
         metrics=("mmmu_acc",),
         points=_share("mmmu_acc"),
         images=tuple(f"image_{number}" for number in range(1, 8)),
+        # The authors' own data set has a folder a subject; the copy that lmms-eval fetches has one for all.
+        parts=True,
         vlmevalkit=("MMMU_DEV_VAL", "MMMUDataset"),
     ),
     Benchmark(
@@ -138,6 +149,7 @@ RETENTION: tuple[Benchmark, ...] = (
         images=("images*",),
         own=True,
         data="VLMEvalKit's MMDU.tsv, or MMDU's benchmark.json as JSON lines with its pictures",
+        file="benchmark.json",
         judged=True,
         readable=holds(r"(?i)[\"']?overall score[\"']?\s*:\s*\d+"),
         vlmevalkit=("MMDU", "MMDUDataset"),
@@ -198,6 +210,7 @@ EVOKE = Benchmark(
     points=lambda m: 50 * (_number(m["cem"]) + _number(m["f1"])),
     own=True,
     data="evoke_evaluation_data.jsonl with its pictures",
+    file="evoke_evaluation_data.jsonl",
 )
 """Adaptation, for the same table: K.A = (CEM + F1) / 2. It has no part in K.R."""
 
