@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import nn
 from kore_fast.data.conversations import Encoded, tokenizer_of
 from kore_fast.errors import DataError
 from kore_fast.evaluation.lmms import BENCHMARKS, RETENTION, Retention, evaluate_retention
-from kore_fast.evaluation.lmms.retention import NO_JUDGE
+from kore_fast.evaluation.lmms.local_data import local_files
+from kore_fast.evaluation.lmms.retention import NO_JUDGE, NOT_YET
 
 pytest.importorskip("lmms_eval", reason='needs pip install "kore-fast[lmms-eval]"')
 
@@ -152,6 +154,18 @@ def test_known_answers_give_the_known_scores(
             ["answers.json", "answers.jsonl", *["judge.jsonl"] * (name in JUDGED), "predictions.jsonl", "result.json"]
         )
     assert json.loads((tmp_path / "out/retention.json").read_text())["mean"] == result.mean
+
+
+@pytest.mark.parametrize("name", [benchmark.name for benchmark in RETENTION if not benchmark.own])
+def test_the_data_set_that_lmms_eval_fetches(name: str) -> None:
+    import lmms_eval.tasks
+    from lmms_eval.utils import load_yaml_config
+
+    benchmark = BENCHMARKS[name]
+    file = Path(lmms_eval.tasks.__file__).parent / benchmark.task
+    config = load_yaml_config(str(file), mode="simple")
+    assert config["test_split"] == benchmark.split
+    assert config.get("dataset_name", "") == (benchmark.configurations or ("",))[0]
 
 
 def test_a_random_model_with_an_adapter_runs_through_all(
@@ -341,6 +355,59 @@ def test_the_hub_out_of_reach(
         "its data cannot be had from the hub (ConnectionError: Couldn't reach the hub); give a folder of data",
         "no local data: put VLMEvalKit's OCRVQA_TESTCORE.tsv, or rows of image, questions and answers into DATA/ocrvqa",
     ]
+
+
+@pytest.mark.parametrize(("name", "column"), [("mme", "question"), ("pope", "answer"), ("scienceqa", "choices")])
+def test_data_without_a_column(
+    name: str,
+    column: str,
+    measure: Callable[..., Retention],
+    asked: list[str],
+    benchmark_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    data = tmp_path / "data"
+    shutil.copytree(benchmark_data, data)
+    (file,) = local_files(BENCHMARKS[name], data)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({key: row[key] for key in row if key != column}) + "\n" for row in rows))
+    with pytest.raises(DataError) as caught:
+        measure(["mathvision", name, "mmbench"], data=data)
+    title = BENCHMARKS[name].title
+    assert str(caught.value).startswith(f"{title}: lmms-eval cannot measure it on {file} (KeyError: '{column}', ")
+    # What was measured before is told.
+    row = json.loads((tmp_path / "out/retention.json").read_text())
+    told = {score["benchmark"]: score["points"] or score["missing"] for score in row["scores"]}
+    assert told == {"mathvision": 66.67, name: NOT_YET, "mmbench": NOT_YET}
+    assert row["label"] == "mean of 1 of 12"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError(), DataError("mine")])
+def test_errors_that_are_not_of_the_data_stay(
+    error: Exception, measure: Callable[..., Retention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kore_fast.evaluation.lmms import model as bridge
+
+    def stream(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(bridge, "stream_answers", stream)
+    with pytest.raises(type(error)) as caught:
+        measure(["pope"])
+    assert caught.value is error
+
+
+def test_scores_of_other_settings_are_not_told_on(
+    measure: Callable[..., Retention], asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(["pope"])
+    assert (tmp_path / "out/retention.json").exists()
+    monkeypatch.setattr("kore_fast.evaluation.lmms.retention.run_task", lambda *args: 1 / 0)
+    with pytest.raises(DataError, match="ZeroDivisionError"):
+        measure(["pope"], limit=2, replace=True)
+    assert not (tmp_path / "out/retention.json").exists()
 
 
 def test_limit_and_the_longest_answer(
