@@ -73,9 +73,10 @@ def test_what_is_none(query: str, response: str, answer: str) -> None:
     assert not extraction(asked(query, response), answer)
 
 
-def test_lmms_eval_s_own_examples_end_as_they_are_taken_to() -> None:
+def test_lmms_eval_s_own_examples_end_as_they_are_taken_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its judge's task, as this version writes it."""
     pytest.importorskip("lmms_eval", reason='needs pip install "kore-fast[lmms-eval]"')
+    monkeypatch.setenv("OPENAI_API_KEY", "none")  # it makes a client when it is imported
     from lmms_eval.tasks.mathvista.mathvista_evals import DEMO_PROMPT, MathVistaEvaluator
 
     evaluator = MathVistaEvaluator.__new__(MathVistaEvaluator)
