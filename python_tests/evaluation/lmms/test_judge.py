@@ -108,6 +108,17 @@ def test_answers_that_cannot_be_read(loopback_judge: Any, cache: Path) -> None:
     assert record.problem == "2 of 11 answers of the judge could not be read; take a stronger judge"
 
 
+def test_half_an_emoji(loopback_judge: Any, cache: Path) -> None:
+    """An answer that was cut off inside a surrogate pair is kept, and whole pairs stay as they are."""
+    loopback_judge.script = lambda prompt: "correct \U0001f600 \ud83d"
+    for _ in range(2):
+        with judging(loopback_judge.options(), holds("correct"), cache) as record:
+            assert ask("one") == "correct \U0001f600 \ufffd"
+        assert (record.asked, record.unreadable, record.problem) == (1, 0, None)
+    assert len(loopback_judge.requests) == 1
+    assert json.loads(cache.read_text(encoding="utf-8"))["answer"]["choices"][0]["message"]["content"][-1] == "\ufffd"
+
+
 def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(DataError, match="NO_SUCH_KEY is not set"):
