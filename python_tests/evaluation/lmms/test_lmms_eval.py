@@ -138,6 +138,7 @@ def test_known_answers_give_the_known_scores(
     by_name = {score.benchmark: score for score in result.scores}
     assert by_name["pope"].metrics is not None
     assert by_name["pope"].metrics["pope_accuracy"] == pytest.approx(4 / 6)
+    assert by_name["evoke"].metrics == {"cem": 0.5, "cem_corrected": 0.5, "f1": pytest.approx(2 / 3)}
     assert by_name["mmdu"].metrics is not None
     assert by_name["mmdu"].metrics["creativity"] == 30
     assert by_name["hallusionbench"].judge == {"model": "teacher", "answers": 4, "unreadable": 0}
