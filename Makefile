@@ -40,7 +40,7 @@ test-all: $(STAMP)
 # A second environment on top of the first, with what lmms-eval adds, which is much and has its own wishes: it sees the
 # first one's torch and kernels, so nothing is compiled or fetched twice, and what it installs the first does not see.
 # The first one's pip works here; with torch named no other torchvision is taken than the one that fits it.
-$(LMMS_STAMP): $(STAMP)
+$(LMMS_STAMP): pyproject.toml | $(STAMP)
 	$(BIN)/python -m venv --clear --without-pip $(LMMS_VENV)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $(LMMS_VENV)/first.pth
