@@ -19,6 +19,7 @@ from python_tests.docs.pages import PAGES, ROOT, Found, commands, inline_command
 ELSEWHERE: dict[str, tuple[str, list[str]]] = {
     # Each target is what a person gives; .ci/run gives it too, the quickstart with less data.
     "make test": (".ci/run", ["make test"]),
+    "make test-lmms-eval": (".ci/run", ["make test-lmms-eval"]),
     "make lint": (".ci/run", ["make lint"]),
     "make quickstart": (".ci/run", ["make quickstart-short"]),
     "make install": ("Makefile", ["test: $(STAMP)", "install: $(STAMP)"]),

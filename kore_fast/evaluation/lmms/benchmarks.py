@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from kore_fast.evaluation.lmms.readable import Readable, extraction, holds
+
 Metrics = Mapping[str, float | None]
 
 
@@ -25,13 +27,19 @@ class Benchmark:
     points: Callable[[Metrics], float]
     images: tuple[str, ...] = ("image",)
     """The columns of its data that hold a picture; with a trailing ``*`` a list of pictures."""
+    configurations: tuple[str, ...] = ()
+    """Where its data set on the hub has several, each in a folder of its name: first the one that is measured."""
+    parts: bool = False
+    """Folders with its split are parts of one whole."""
     own: bool = False
     """The task is ours: lmms-eval has none."""
     data: str = ""
     """For our own tasks: which files are wanted as local data."""
+    file: str = ""
+    """Among other files of its data set, the one with the questions."""
     judged: bool = False
-    readable: str = ""
-    """For judged ones: what a usable answer of the judge holds, a regular expression."""
+    readable: Readable | None = None
+    """For judged ones: whether an answer of the judge can be used."""
     vlmevalkit: tuple[str, str] = ("", "")
     """VLMEvalKit's data set and the class that reads it."""
 
@@ -74,6 +82,7 @@ RETENTION: tuple[Benchmark, ...] = (
         split="dev",
         metrics=("gpt_eval_score",),
         points=_percent("gpt_eval_score"),
+        configurations=("en", "cn", "cc"),
         vlmevalkit=("MMBench_DEV_EN", MULTIPLE_CHOICE),
     ),
     Benchmark(
@@ -94,6 +103,7 @@ RETENTION: tuple[Benchmark, ...] = (
         points=_share("exact_match"),
         own=True,
         data="VLMEvalKit's OCRVQA_TESTCORE.tsv, or rows of image, questions and answers",
+        file="OCRVQA_TESTCORE.tsv",
         vlmevalkit=("OCRVQA_TESTCORE", "ImageVQADataset"),
     ),
     Benchmark(
@@ -103,6 +113,7 @@ RETENTION: tuple[Benchmark, ...] = (
         split="test",
         metrics=("exact_match",),
         points=_share("exact_match"),
+        configurations=("ScienceQA-IMG", "ScienceQA-FULL"),
         vlmevalkit=("ScienceQA_TEST", MULTIPLE_CHOICE),
     ),
     Benchmark(
@@ -113,6 +124,8 @@ RETENTION: tuple[Benchmark, ...] = (
         metrics=("mmmu_acc",),
         points=_share("mmmu_acc"),
         images=tuple(f"image_{number}" for number in range(1, 8)),
+        # The authors' own data set has a folder a subject; the copy that lmms-eval fetches has one for all.
+        parts=True,
         vlmevalkit=("MMMU_DEV_VAL", "MMMUDataset"),
     ),
     Benchmark(
@@ -123,7 +136,7 @@ RETENTION: tuple[Benchmark, ...] = (
         metrics=("gpt_eval_score",),
         points=_share("gpt_eval_score"),
         judged=True,
-        readable=r"(?i)total\s+score\s*:\s*\d+\s*/\s*\d+",
+        readable=holds(r"(?i)total\s+score\s*:\s*\d+\s*/\s*\d+"),
         vlmevalkit=("MIA-Bench", "MIABench"),
     ),
     Benchmark(
@@ -136,8 +149,9 @@ RETENTION: tuple[Benchmark, ...] = (
         images=("images*",),
         own=True,
         data="VLMEvalKit's MMDU.tsv, or MMDU's benchmark.json as JSON lines with its pictures",
+        file="benchmark.json",
         judged=True,
-        readable=r"(?i)[\"']?overall score[\"']?\s*:\s*\d+",
+        readable=holds(r"(?i)[\"']?overall score[\"']?\s*:\s*\d+"),
         vlmevalkit=("MMDU", "MMDUDataset"),
     ),
     Benchmark(
@@ -150,7 +164,7 @@ RETENTION: tuple[Benchmark, ...] = (
         points=_percent("llm_as_judge_eval"),
         images=("decoded_image",),
         judged=True,
-        readable=r"\S",
+        readable=extraction,
         vlmevalkit=("MathVista_MINI", "MathVista"),
     ),
     Benchmark(
@@ -181,7 +195,7 @@ RETENTION: tuple[Benchmark, ...] = (
         metrics=("aAcc", "fAcc", "qAcc"),
         points=lambda m: sum(_number(m[name]) for name in ("aAcc", "fAcc", "qAcc")) / 3,
         judged=True,
-        readable=r"(?i)correct|unclear",
+        readable=holds(r"(?i)correct|unclear"),
         vlmevalkit=("HallusionBench", YES_OR_NO),
     ),
 )
@@ -196,6 +210,7 @@ EVOKE = Benchmark(
     points=lambda m: 50 * (_number(m["cem"]) + _number(m["f1"])),
     own=True,
     data="evoke_evaluation_data.jsonl with its pictures",
+    file="evoke_evaluation_data.jsonl",
 )
 """Adaptation, for the same table: K.A = (CEM + F1) / 2. It has no part in K.R."""
 

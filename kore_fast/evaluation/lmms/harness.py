@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def run_task(benchmark: Benchmark, make_model: Any, files: list[Path] | None, li
         except Exception as error:  # what the hub's client raises depends on its version, and lmms-eval wraps it
             if files is None:
                 raise NoHubError(
-                    f"its data cannot be had from the hub ({_cause(error)}); give a folder of data"
+                    f"its data cannot be had from the hub ({told_of(cause(error))}); give a folder of data"
                 ) from error
             raise
         loaded[task].set_config(key="num_fewshot", value=0)
@@ -195,12 +196,23 @@ def _in_folder(work: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what an error that was wrapped again and again comes from."""
-    attempt = getattr(error, "last_attempt", None)
-    inner = attempt.exception() if attempt is not None else None
-    text = str(inner or error).strip().splitlines()
-    return f"{type(inner or error).__name__}: {text[0] if text else ''}"
+def cause(error: BaseException) -> BaseException:
+    """What failed in the last attempt, where an error says that attempts were used up; else the error itself."""
+    while (attempt := getattr(error, "last_attempt", None)) is not None and attempt.exception() is not None:
+        error = attempt.exception()
+    return error
+
+
+def told_of(error: BaseException) -> str:
+    """An error's type, and the first line of its text."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def place_of(error: BaseException) -> str:
+    """Where it was raised: ``, utils.py line 7``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
 
 
 def _is_number(value: Any) -> bool:

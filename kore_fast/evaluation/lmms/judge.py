@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kore_fast.endpoint.packages import needed
 from kore_fast.errors import DataError
+from kore_fast.evaluation.lmms.readable import Readable
 from kore_fast.journal import Journal
 
 UNREADABLE_SHARE = 0.1
@@ -66,7 +66,7 @@ class Judge(BaseModel):
 class Judging:
     """What happened at the judge while one benchmark was scored."""
 
-    readable: str
+    readable: Readable
     asked: int = 0
     unreadable: int = 0
     failure: str | None = None
@@ -84,14 +84,14 @@ class Judging:
 
 
 @contextmanager
-def judging(judge: Judge, readable: str, cache: Path) -> Iterator[Judging]:
+def judging(judge: Judge, readable: Readable, cache: Path) -> Iterator[Judging]:
     """Stand between lmms-eval's tasks and the judge while the block runs.
 
     Sets the environment variables that the tasks read, for the block only. The tasks' modules must be imported after
     that: some keep what they read.
 
     Args:
-        readable: a regular expression; answers without a match are counted as not readable.
+        readable: what it does not hold of is counted as not readable.
         cache: JSON lines; what stands there is not asked again, what is answered is added.
     """
     record = Judging(readable)
@@ -175,7 +175,7 @@ class _Answers:
         with self.record.lock:
             self.record.asked += 1
             text = answer["choices"][0]["message"]["content"] or ""
-            self.record.unreadable += re.search(self.record.readable, text) is None
+            self.record.unreadable += not self.record.readable(_asked(payload), text)
         return answer
 
     @cached_property
@@ -201,8 +201,14 @@ class _Answers:
         with self.record.lock:
             hidden = problem if self.key is None else problem.replace(self.key, "(the key)")
             url = f"{self.judge.base_url.rstrip('/')}/chat/completions"
-            self.record.failure = f"{url}, model {self.judge.model}: {hidden}"
+            self.record.failure = f"{url}, model {self.judge.model}: {_whole_text(hidden)}"
         return None
+
+
+def _asked(payload: dict[str, Any]) -> str:
+    """The text of a request's last message, without its pictures."""
+    content = payload["messages"][-1]["content"]
+    return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
 def _checked(value: Any, model: str) -> dict[str, Any]:
@@ -213,7 +219,12 @@ def _checked(value: Any, model: str) -> dict[str, Any]:
             raise TypeError("the content is no text")
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"not an answer of a chat endpoint: {json.dumps(value)[:200]}") from error
-    return _completion(str(value.get("model", model)), content)
+    return _completion(_whole_text(str(value.get("model", model))), _whole_text(content))
+
+
+def _whole_text(text: str) -> str:
+    """Half a character, which an answer that was cut off may end with, as U+FFFD: it cannot be written as UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _completion(model: str, content: str) -> dict[str, Any]:

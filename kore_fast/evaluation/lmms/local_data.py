@@ -1,8 +1,8 @@
 """Benchmarks from files on this machine: what a user downloaded, as parquet that lmms-eval's own tasks read.
 
-A folder holds one folder a benchmark (``mme``, ``pope``, …) with the data set's files as they are on the hub: parquet
-named after its split, or JSON lines whose pictures are paths below the folder or base64. OCRVQA and MMDU are read from
-VLMEvalKit's TSV files too, EVOKE from its own evaluation file.
+A folder holds one folder a benchmark (``mme``, ``pope``, …) with the data set's files as they are on the hub, its whole
+repository or a part: parquet named after its split, or JSON lines whose pictures are paths below the folder or base64.
+OCRVQA and MMDU are read from VLMEvalKit's TSV files too, EVOKE from its own evaluation file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import binascii
 import csv
 import hashlib
 import io
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -31,16 +32,29 @@ _ROWS = 256
 # Where VLMEvalKit's TSV shows the picture of another row, its cell holds that row's index.
 _LONGEST_INDEX = 64
 _BELOW = ("", "images", "imgs", "imgs/evaluation")
+# As the hub's own files are called: test-00000-of-00002.parquet.
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d+-of-\d+")
+# What the hub takes for a split, and what these data sets have besides.
+_SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"} | {
+    "testmini",
+    "non_image",
+    "adversarial",
+    "popular",
+    "random",
+    "lite",
+}
 IMAGE_HERE = "<ImageHere>"
 
 
 def local_files(benchmark: Benchmark, data: Path) -> list[Path]:
     """The files of a benchmark below ``data``, none where its folder is not there.
 
-    Of parquet files only those of the benchmark's split, where file names name splits.
+    Where files or their folders name splits, as the hub's do, only those of the benchmark's split; where folders name
+    configurations of its data set, only those of the one that is measured.
 
     Raises:
-        DataError: the folder holds no data file, or files of several kinds.
+        DataError: the folder holds no data file, files of several kinds, other splits or configurations only, or the
+            split in several folders.
     """
     folder = data / benchmark.name
     if not folder.is_dir():
@@ -50,6 +64,11 @@ def local_files(benchmark: Benchmark, data: Path) -> list[Path]:
         for file in folder.rglob("*")
         if file.suffix in _ENDINGS and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
+    named = [file for file in files if file.name == benchmark.file]
+    files = named or files
+    if any(file.suffix == ".parquet" for file in files):
+        # MathVista's repository has annotations and sources beside its rows.
+        files = [file for file in files if file.suffix != ".json"]
     kinds = sorted({file.suffix for file in files})
     if len(kinds) != 1:
         found = f"files of several kinds ({', '.join(kinds)})" if kinds else "no data file"
@@ -57,8 +76,62 @@ def local_files(benchmark: Benchmark, data: Path) -> list[Path]:
             f"{folder}: holds {found}; put {benchmark.data or 'the files of its data set on the hub'} there, "
             f"as one of {', '.join(_ENDINGS)}"
         )
-    of_split = [file for file in files if file.name.split("-")[0].split(".")[0] == benchmark.split]
-    return of_split or files
+    return _of_split(benchmark, folder, _of_configuration(benchmark, folder, files))
+
+
+def _of_configuration(benchmark: Benchmark, folder: Path, files: list[Path]) -> list[Path]:
+    """Those below a folder of the configuration's name; where there is none, those below no other's."""
+    of: dict[str, list[Path]] = {}
+    for file in files:
+        parts = file.parent.relative_to(folder).parts
+        of.setdefault(next((part for part in reversed(parts) if part in benchmark.configurations), ""), []).append(file)
+    for wanted in (*benchmark.configurations[:1], ""):
+        if wanted in of:
+            return of[wanted]
+    raise DataError(
+        f"{folder}: holds only {_some(sorted(of))}; put the files of {benchmark.title}{_which(benchmark)} there"
+    )
+
+
+def _of_split(benchmark: Benchmark, folder: Path, files: list[Path]) -> list[Path]:
+    """Those of the split; all where none names a split."""
+    of: dict[str, list[Path]] = {}
+    for file in files:
+        of.setdefault(_split_of(file.relative_to(folder), benchmark.split), []).append(file)
+    if set(of) == {""}:
+        return files
+    if benchmark.split in of:
+        places = sorted({str(file.parent.relative_to(folder)) for file in of[benchmark.split]})
+        if len(places) > 1 and not benchmark.parts:
+            raise DataError(
+                f"{folder}: holds the split {benchmark.split} in several folders ({_some(places)}); leave one, that "
+                f"of {benchmark.title}{_which(benchmark)}"
+            )
+        return of[benchmark.split]
+    raise DataError(
+        f"{folder}: holds the split {_some(sorted(filter(None, of)))}, but {benchmark.title} is measured on "
+        f"{benchmark.split}; put files named {benchmark.split}-… or {benchmark.split}{files[0].suffix} there"
+    )
+
+
+def _split_of(path: Path, wanted: str) -> str:
+    """The split that a file's name tells, or the nearest of its folders; empty where none does."""
+    shard = _SHARD.match(path.name)
+    if shard is not None:
+        return shard[1]
+    for name in (path.name.split("-")[0].split(".")[0], *reversed(path.parent.parts)):
+        if name == wanted or name in _SPLITS:
+            return name
+    return ""
+
+
+def _which(benchmark: Benchmark) -> str:
+    return f" (its configuration {benchmark.configurations[0]})" if benchmark.configurations else ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def as_parquet(benchmark: Benchmark, files: list[Path], folder: Path) -> list[Path]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,23 @@ from torch import nn
 
 from kore_fast.data.conversations import ANSWER, IMAGE, Encoded, by_length, collate, encode, tokenizer_of
 from kore_fast.evaluation.batches import BatchSize
-from kore_fast.evaluation.generation import generate_answers
+from kore_fast.evaluation.generation import stream_answers
 from kore_fast.evaluation.lmms.prompts import pictures_first
 from kore_fast.journal import Journal
 from kore_fast.progress import Progress, silent
 
-# Answers are written down after so many batches.
+# So many batches are encoded together, and put into an order of like length.
 _BATCHES_AT_ONCE = 16
+Limits = tuple[int, tuple[str, ...]]
+"""The most new tokens, and the texts before which an answer ends."""
 
 
 class ModelInMemory(lmms):
     """A model and its processor, PEFT adapter and all, behind lmms-eval's interface.
 
-    Answers are greedy whatever a task asks for, in batches of like length, and written to ``journal`` as they come, so
-    that an interrupted benchmark goes on where it stopped. No answer gets longer than ``max_new_tokens``.
+    Answers are greedy whatever a task asks for, in batches of like length. Each batch is written to ``journal`` when it
+    is done, a conversation's turn by turn, so that an interrupted benchmark goes on where it stopped. No answer gets
+    longer than ``max_new_tokens``.
     """
 
     is_simple = True
@@ -51,29 +55,19 @@ class ModelInMemory(lmms):
         self._network, self._processor = model, processor
         self._journal, self._most_tokens = Journal(journal), max_new_tokens
         self._batch_size, self._bf16, self._progress, self._label = BatchSize(batch_size), bf16, progress, label
-        self._known = {row["request"]: row["answer"] for row in self._journal.rows("request", "answer")}
+        self._at_once = batch_size * _BATCHES_AT_ONCE
+        rows = self._journal.rows("request", "turn", "answer")
+        self._known = {(str(row["request"]), int(row["turn"])): str(row["answer"]) for row in rows}
 
     def clean(self) -> None:
         """lmms-eval drops the model before it scores; it is the caller's, and stays."""
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        answers: list[str] = [""] * len(requests)
-        waiting: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
-        names = [_name(request) for request in requests]
-        for number, request in enumerate(requests):
-            if names[number] in self._known:
-                answers[number] = str(self._known[names[number]])
-            else:
-                waiting[self._limits(request.args[1])].append(number)
-        for (most_tokens, stops), numbers in waiting.items():
-            size = self._batch_size.size * _BATCHES_AT_ONCE
-            for start in range(0, len(numbers), size):
-                chosen = numbers[start : start + size]
-                encoded = [self._question(requests[number]) for number in chosen]
-                for number, text in zip(chosen, self._generate(encoded, most_tokens), strict=True):
-                    answers[number] = _cut(text, stops)
-                self._write({names[number]: answers[number] for number in chosen})
-        return answers
+        return self._answers(
+            [partial(self._question, request) for request in requests],
+            [(_name(request), 0) for request in requests],
+            [self._limits(request.args[1]) for request in requests],
+        )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[list[str]]:
         """Each round's answers go back to the task, which gives the next round's text, pictures or its end.
@@ -83,24 +77,20 @@ class ModelInMemory(lmms):
         results: list[list[str]] = [[] for _ in requests]
         names = [_name(request) for request in requests]
         limits = [self._limits(request.args[1]) for request in requests]
-        done = [number for number, name in enumerate(names) if name in self._known]
-        for number in done:
-            results[number] = [str(answer) for answer in self._known[names[number]]]
-        running = [number for number in range(len(requests)) if number not in set(done)]
-        asked = {number: (requests[number].args[0], self._visuals(requests[number], 2)) for number in running}
+        asked = [(request.args[0], self._visuals(request, 2)) for request in requests]
         told: dict[int, Any] = {}
+        running = list(range(len(requests)))
         turn = 0
         while running:
-            grouped: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
-            for number in running:
-                grouped[limits[number]].append(number)
-            for (most_tokens, stops), numbers in grouped.items():
-                encoded = [self._conversation(*asked[number]) for number in numbers]
-                for number, text in zip(numbers, self._generate(encoded, most_tokens), strict=True):
-                    results[number].append(_cut(text, stops))
+            answers = self._answers(
+                [partial(self._conversation, *asked[number]) for number in running],
+                [(names[number], turn) for number in running],
+                [limits[number] for number in running],
+            )
             turn += 1
             going_on = []
-            for number in running:
+            for number, answer in zip(running, answers, strict=True):
+                results[number].append(answer)
                 _, _, _, doc_to_text, doc_id, task, split = requests[number].args
                 visuals, text, ended, outputs, told[number] = doc_to_text(
                     self.task_dict[task][split][doc_id],
@@ -110,7 +100,6 @@ class ModelInMemory(lmms):
                 )
                 if ended:
                     results[number] = list(outputs)
-                    self._write({names[number]: results[number]})
                 else:
                     asked[number] = (text, list(visuals))
                     going_on.append(number)
@@ -155,7 +144,7 @@ class ModelInMemory(lmms):
                         results[i] = one
         return results
 
-    def _limits(self, asked: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+    def _limits(self, asked: dict[str, Any]) -> Limits:
         until = asked.get("until") or ()
         stops = (until,) if isinstance(until, str) else tuple(until)
         return min(int(asked.get("max_new_tokens", self._most_tokens)), self._most_tokens), stops
@@ -176,20 +165,42 @@ class ModelInMemory(lmms):
             turns = [(role, pictures_first(said, 0 if i else len(visuals))) for i, (role, said) in enumerate(turns)]
         return encode(self._processor, turns, visuals, answer_follows=True)
 
-    def _generate(self, encoded: list[Encoded], most_tokens: int) -> list[str]:
-        return generate_answers(
-            self._network,
-            self._processor,
-            encoded,
-            max_new_tokens=most_tokens,
-            batch_size=self._batch_size,
-            bf16=self._bf16,
-            progress=self._progress,
-            label=self._label,
-        )
+    def _answers(
+        self, asked: Sequence[Callable[[], Encoded]], names: Sequence[tuple[str, int]], limits: Sequence[Limits]
+    ) -> list[str]:
+        """Answers in the order of ``asked``: those that are kept, and the others, each batch kept as it is done.
 
-    def _write(self, answers: dict[str, Any]) -> None:
-        self._journal.append({"request": name, "answer": answer} for name, answer in answers.items())
+        What is encoded together does not depend on what is kept: a run that continues has the batches of one that was
+        not interrupted.
+        """
+        alike: dict[Limits, list[int]] = defaultdict(list)
+        for number, limit in enumerate(limits):
+            alike[limit].append(number)
+        for (most_tokens, stops), numbers in alike.items():
+            for start in range(0, len(numbers), self._at_once):
+                chosen = numbers[start : start + self._at_once]
+                wanted = {place for place, number in enumerate(chosen) if names[number] not in self._known}
+                if not wanted:
+                    continue
+                for answers in stream_answers(
+                    self._network,
+                    self._processor,
+                    [asked[number]() for number in chosen],
+                    wanted=wanted,
+                    max_new_tokens=most_tokens,
+                    batch_size=self._batch_size,
+                    bf16=self._bf16,
+                    progress=self._progress,
+                    label=self._label,
+                ):
+                    self._keep({names[chosen[i]]: _cut(text, stops) for i, text in answers.items() if i in wanted})
+        return [self._known[name] for name in names]
+
+    def _keep(self, answers: Mapping[tuple[str, int], str]) -> None:
+        self._journal.append(
+            {"request": request, "turn": turn, "answer": answer} for (request, turn), answer in answers.items()
+        )
+        self._known |= answers
 
 
 def _name(request: Any) -> str:

@@ -12,14 +12,18 @@ from typing import Any
 from torch import nn
 
 from kore_fast.errors import DataError, KoreError
+from kore_fast.evaluation.batches import is_out_of_memory
 from kore_fast.evaluation.lmms.benchmarks import BENCHMARKS, RETENTION, Benchmark
 from kore_fast.evaluation.lmms.harness import (
     NoDataError,
     NoHubError,
     Outcome,
+    cause,
     installed_version,
+    place_of,
     remove,
     run_task,
+    told_of,
 )
 from kore_fast.evaluation.lmms.identity import fingerprint as weights_fingerprint
 from kore_fast.evaluation.lmms.judge import Judge, judging
@@ -28,7 +32,10 @@ from kore_fast.files import read_json, write_json, write_jsonl
 from kore_fast.progress import Progress, silent
 
 NO_JUDGE = "no judge: it needs one, name an OpenAI-compatible endpoint"
+NOT_YET = "not measured yet"
 PREDICTIONS, RESULT, JUDGED = "predictions.jsonl", "result.json", "judge.jsonl"
+# All of them; after each benchmark anew.
+SUMMARY = "retention.json"
 # A benchmark's answers as they come, and what they were given under. They stay beside the result: another judge, or a
 # larger limit, asks nothing twice.
 _JOURNAL, _ANSWERED = "answers.jsonl", "answers.json"
@@ -167,7 +174,8 @@ def evaluate_retention(
 
     Below ``folder`` each benchmark has a folder with ``predictions.jsonl`` (every question with its answer and scores)
     and ``result.json``, written last: a second call measures only what has none, and an interrupted benchmark goes on
-    after its last written answers. All of a folder is of one model, told by its weights and by ``about``.
+    after its last written answers. ``retention.json`` has all scores so far. All of a folder is of one model, told by
+    its weights and by ``about``.
 
     Absolute scores differ between harnesses, their versions, their wordings and judges: compare only what was measured
     alike. Answers are greedy, whatever a task asks for.
@@ -189,7 +197,8 @@ def evaluate_retention(
 
     Raises:
         DataError: lmms-eval is not there; ``folder`` holds results or answers of another model or of other settings
-            (without ``replace``); local data that cannot be read; a judge's key that is not set; several processes.
+            (without ``replace``); local data that cannot be read, or that lmms-eval cannot measure; a judge's key that
+            is not set; several processes.
     """
     harness = check_retention(benchmarks, data=data, judge=judge)
     chosen = choose(benchmarks)
@@ -200,9 +209,9 @@ def evaluate_retention(
         _check_same_model(folder, answerer)
     training = model.training
     model.eval()
-    scores = []
+    scores: list[Score] = []
     try:
-        for benchmark in chosen:
+        for number, benchmark in enumerate(chosen, start=1):
             settings: dict[str, Any] = {
                 "harness": harness,
                 "task": benchmark.task,
@@ -236,10 +245,12 @@ def evaluate_retention(
                 )
             else:
                 scores.append(kept)
+            # After each: what was measured is told whatever becomes of the next.
+            rest = (Score(later.name, missing=NOT_YET) for later in chosen[number:])
+            result = Retention(harness, (*scores, *rest), limit)
+            write_json(folder / SUMMARY, result.row())
     finally:
         model.train(training)
-    result = Retention(harness, tuple(scores), limit)
-    write_json(folder / "retention.json", result.row())
     return result
 
 
@@ -262,7 +273,8 @@ def _forget_others(place: Path, settings: dict[str, Any]) -> None:
     """Remove a benchmark's results and answers that were given under other settings or by another model."""
     result, answered = place / RESULT, place / _ANSWERED
     if result.exists() and _changed(read_json(result).get("settings", {}), settings):
-        # The result first: what a kill leaves is not taken for finished.
+        # The results first: what a kill leaves is not taken for finished.
+        (place.parent / SUMMARY).unlink(missing_ok=True)
         result.unlink()
         (place / PREDICTIONS).unlink(missing_ok=True)
     if answered.exists() and not _changed(read_json(answered), _of_answers(settings)):
@@ -351,7 +363,7 @@ def _measure(
 
     told: dict[str, Any] | None = None
     try:
-        if benchmark.judged and judge is not None:
+        if benchmark.readable is not None and judge is not None:
             with judging(judge, benchmark.readable, place / JUDGED) as record:
                 outcome = run()
             if record.problem is not None:
@@ -363,8 +375,18 @@ def _measure(
         return Score(benchmark.name, missing=str(error), again=isinstance(error, NoHubError))
     except KoreError:
         raise
-    except AssertionError as error:
-        raise DataError(f"{benchmark.title}: lmms-eval refuses the data or an answer: {error}") from error
+    except Exception as error:
+        found = cause(error)
+        if isinstance(found, KoreError):
+            raise found from error
+        if is_out_of_memory(found):
+            raise
+        shown = ", ".join(str(file) for file in files[:3]) + (f" and {len(files) - 3} more" if files[3:] else "")
+        wanted = benchmark.data or "rows with the columns of its data set on the hub"
+        raise DataError(
+            f"{benchmark.title}: lmms-eval cannot measure it on {shown or 'its data set on the hub'} "
+            f"({told_of(found)}{place_of(found)}); expected {wanted}"
+        ) from error
     finally:
         remove(work)
     score = Score(

@@ -19,6 +19,12 @@ from PIL import Image
 from kore_fast.evaluation.lmms import Judge
 
 COLOURS = ("red", "green", "blue", "yellow")
+# MathVista's own, which say to its judge what is wanted.
+VISTA_HINTS = (
+    "Hint: Please answer the question requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the "
+    "end.",
+    "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
+)
 
 
 def picture(colour: str) -> bytes:
@@ -205,7 +211,7 @@ def write_benchmarks(folder: Path) -> Path:
                 "question_type": "free_form",
                 "answer_type": "integer",
                 "metadata": vista,
-                "query": "Hint: an integer.\nQuestion: How many corners are there?",
+                "query": f"{VISTA_HINTS[0]}\nQuestion: How many corners are there?",
             },
             {
                 "pid": "2",
@@ -219,7 +225,7 @@ def write_benchmarks(folder: Path) -> Path:
                 "question_type": "multi_choice",
                 "answer_type": "text",
                 "metadata": vista,
-                "query": "Hint: a letter.\nQuestion: Which shape is it?",
+                "query": f"{VISTA_HINTS[1]}\nQuestion: Which shape is it?\nChoices:\n(A) square\n(B) circle",
             },
         ],
     )

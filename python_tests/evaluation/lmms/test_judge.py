@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from kore_fast.errors import DataError
 from kore_fast.evaluation.lmms.judge import Judge, judging
+from kore_fast.evaluation.lmms.readable import holds
 
 
 def ask(text: str, path: str = "", model: str = "gpt-4") -> str:
@@ -37,7 +38,7 @@ def test_asks_once_for_the_model_that_was_named(
     monkeypatch.delenv("MODEL_VERSION", raising=False)
     loopback_judge.script = lambda prompt: f"correct: {prompt}"
     judge = loopback_judge.options(api_key_env="JUDGE_KEY")
-    with judging(judge, "correct", cache) as record:
+    with judging(judge, holds("correct"), cache) as record:
         assert os.environ["MODEL_VERSION"] == "teacher"
         assert ask("one") == "correct: one"
         assert ask("two", path="/chat/completions") == "correct: two"
@@ -51,7 +52,7 @@ def test_asks_once_for_the_model_that_was_named(
     assert "secret" not in cache.read_text()
     # What was answered is not asked again; a line that was being written when the process was killed is passed over.
     cache.write_text(cache.read_text() + '{"request": "ab')
-    with judging(judge, "correct", cache):
+    with judging(judge, holds("correct"), cache):
         assert ask("two") == "correct: two"
     assert len(loopback_judge.requests) == 2
 
@@ -62,7 +63,7 @@ def test_an_endpoint_that_fails_is_seen_and_not_asked_on(
     monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
     loopback_judge.script = lambda prompt: 503
     judge = loopback_judge.options(api_key_env="JUDGE_KEY", attempts=3)
-    with judging(judge, ".", cache) as record:
+    with judging(judge, holds("."), cache) as record:
         ask("one")
         assert len(loopback_judge.requests) == 3
         ask("two")
@@ -76,14 +77,14 @@ def test_an_endpoint_that_fails_is_seen_and_not_asked_on(
 def test_one_answer_after_a_failed_attempt(loopback_judge: Any, cache: Path) -> None:
     said = iter([429, "fine"])
     loopback_judge.script = lambda prompt: next(said)
-    with judging(loopback_judge.options(), "fine", cache) as record:
+    with judging(loopback_judge.options(), holds("fine"), cache) as record:
         assert ask("one") == "fine"
     assert record.problem is None
 
 
 def test_a_wrong_key_is_not_tried_again(loopback_judge: Any, cache: Path) -> None:
     loopback_judge.script = lambda prompt: 401
-    with judging(loopback_judge.options(), ".", cache) as record:
+    with judging(loopback_judge.options(), holds("."), cache) as record:
         ask("one")
     assert len(loopback_judge.requests) == 1
     assert "HTTP 401" in str(record.problem)
@@ -91,20 +92,31 @@ def test_a_wrong_key_is_not_tried_again(loopback_judge: Any, cache: Path) -> Non
 
 def test_no_endpoint_there(cache: Path) -> None:
     judge = Judge(base_url="http://127.0.0.1:9/v1", model="m", attempts=1)
-    with judging(judge, ".", cache) as record:
+    with judging(judge, holds("."), cache) as record:
         ask("one")
     assert "http://127.0.0.1:9/v1/chat/completions, model m" in str(record.problem)
 
 
 def test_answers_that_cannot_be_read(loopback_judge: Any, cache: Path) -> None:
     loopback_judge.script = lambda prompt: "correct" if "good" in prompt else "banana"
-    with judging(loopback_judge.options(), "correct", cache) as record:
+    with judging(loopback_judge.options(), holds("correct"), cache) as record:
         for number in range(9):
             ask(f"good {number}")
         ask("bad")
         assert record.problem is None
         ask("bad too")
     assert record.problem == "2 of 11 answers of the judge could not be read; take a stronger judge"
+
+
+def test_half_an_emoji(loopback_judge: Any, cache: Path) -> None:
+    """An answer that was cut off inside a surrogate pair is kept, and whole pairs stay as they are."""
+    loopback_judge.script = lambda prompt: "correct \U0001f600 \ud83d"
+    for _ in range(2):
+        with judging(loopback_judge.options(), holds("correct"), cache) as record:
+            assert ask("one") == "correct \U0001f600 \ufffd"
+        assert (record.asked, record.unreadable, record.problem) == (1, 0, None)
+    assert len(loopback_judge.requests) == 1
+    assert json.loads(cache.read_text(encoding="utf-8"))["answer"]["choices"][0]["message"]["content"][-1] == "\ufffd"
 
 
 def test_options(monkeypatch: pytest.MonkeyPatch) -> None:

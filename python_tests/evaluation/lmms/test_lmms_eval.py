@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from kore_fast.data.conversations import Encoded, tokenizer_of
 from kore_fast.errors import DataError
 from kore_fast.evaluation.lmms import BENCHMARKS, RETENTION, Retention, evaluate_retention
-from kore_fast.evaluation.lmms.retention import NO_JUDGE
+from kore_fast.evaluation.lmms.local_data import local_files
+from kore_fast.evaluation.lmms.retention import NO_JUDGE, NOT_YET
 
 pytest.importorskip("lmms_eval", reason='needs pip install "kore-fast[lmms-eval]"')
 
@@ -96,16 +98,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     seen: list[str] = []
 
-    def generate(network: nn.Module, processor: Any, prompts: list[Encoded], **options: Any) -> list[str]:
-        answers = []
-        for prompt in prompts:
-            text = tokenizer_of(processor).decode(prompt.input_ids)
+    def stream(
+        network: nn.Module, processor: Any, prompts: list[Encoded], *, wanted: set[int], **options: Any
+    ) -> Iterator[dict[int, str]]:
+        for place in sorted(wanted):
+            text = tokenizer_of(processor).decode(prompts[place].input_ids)
             seen.append(text)
             question = text.rpartition("<|im_start|>user\n")[2].replace("<image>" * 4, "<image>")
-            answers.append(next((answer for part, answer in ANSWERS.items() if part in question), "unknown"))
-        return answers
+            yield {place: next((answer for part, answer in ANSWERS.items() if part in question), "unknown")}
 
-    monkeypatch.setattr(bridge, "generate_answers", generate)
+    monkeypatch.setattr(bridge, "stream_answers", stream)
     return seen
 
 
@@ -136,6 +138,7 @@ def test_known_answers_give_the_known_scores(
     by_name = {score.benchmark: score for score in result.scores}
     assert by_name["pope"].metrics is not None
     assert by_name["pope"].metrics["pope_accuracy"] == pytest.approx(4 / 6)
+    assert by_name["evoke"].metrics == {"cem": 0.5, "cem_corrected": 0.5, "f1": pytest.approx(2 / 3)}
     assert by_name["mmdu"].metrics is not None
     assert by_name["mmdu"].metrics["creativity"] == 30
     assert by_name["hallusionbench"].judge == {"model": "teacher", "answers": 4, "unreadable": 0}
@@ -152,6 +155,18 @@ def test_known_answers_give_the_known_scores(
             ["answers.json", "answers.jsonl", *["judge.jsonl"] * (name in JUDGED), "predictions.jsonl", "result.json"]
         )
     assert json.loads((tmp_path / "out/retention.json").read_text())["mean"] == result.mean
+
+
+@pytest.mark.parametrize("name", [benchmark.name for benchmark in RETENTION if not benchmark.own])
+def test_the_data_set_that_lmms_eval_fetches(name: str) -> None:
+    import lmms_eval.tasks
+    from lmms_eval.utils import load_yaml_config
+
+    benchmark = BENCHMARKS[name]
+    file = Path(lmms_eval.tasks.__file__).parent / benchmark.task
+    config = load_yaml_config(str(file), mode="simple")
+    assert config["test_split"] == benchmark.split
+    assert config.get("dataset_name", "") == (benchmark.configurations or ("",))[0]
 
 
 def test_a_random_model_with_an_adapter_runs_through_all(
@@ -210,6 +225,63 @@ def test_answers_of_an_interrupted_benchmark_are_kept(
     assert len(asked) == count
 
 
+class Killed(BaseException):
+    """As `KeyboardInterrupt`: nothing catches it."""
+
+
+def dying_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The model dies in the batch after so many; the list takes how many were in each."""
+    from kore_fast.evaluation import generation
+
+    collate, sizes = generation.collate, []
+
+    def counted(rows: Sequence[Encoded], *args: Any, **options: Any) -> Any:
+        if len(sizes) == batches:
+            raise Killed
+        sizes.append(len(rows))
+        return collate(rows, *args, **options)
+
+    monkeypatch.setattr(generation, "collate", counted)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "killed_after", "kept"),
+    # Six questions in three batches; two conversations of three turns and one: two batches, then one and one.
+    [("pope", 2, 2, 4), ("mmdu", 1, 2, 2), ("mmdu", 1, 3, 3), ("mmdu", 2, 1, 2)],
+)
+def test_a_kill_loses_one_batch(
+    name: str,
+    batch_size: int,
+    killed_after: int,
+    kept: int,
+    measure: Callable[..., Retention],
+    loopback_judge: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def again(folder: str) -> list[dict[str, Any]]:
+        measure([name], judge=loopback_judge.options(), batch_size=batch_size, folder=tmp_path / folder)
+        return [json.loads(line) for line in (tmp_path / folder / name / "answers.jsonl").read_text().splitlines()]
+
+    with monkeypatch.context() as patched:
+        whole_batches = dying_after(-1, patched)
+        whole = again("whole")
+    with monkeypatch.context() as patched:
+        dying_after(killed_after, patched)
+        with pytest.raises(Killed):
+            again("killed")
+    journal = tmp_path / "killed" / name / "answers.jsonl"
+    assert len(journal.read_text().splitlines()) == kept
+    with monkeypatch.context() as patched:
+        batches = dying_after(-1, patched)
+        assert again("killed") == whole
+    # The batches of the run that was not interrupted.
+    assert batches == whole_batches[killed_after:]
+    predictions = [(tmp_path / run / name / "predictions.jsonl").read_text() for run in ("whole", "killed")]
+    assert predictions[0] == predictions[1]
+
+
 def test_another_judge_and_more_questions_ask_nothing_twice(
     measure: Callable[..., Retention], asked: list[str], loopback_judge: Any
 ) -> None:
@@ -250,7 +322,7 @@ def test_a_judge_that_answers_nonsense(
     measure: Callable[..., Retention], asked: list[str], loopback_judge: Any
 ) -> None:
     loopback_judge.script = lambda prompt: "I would rather talk about the weather."
-    result = measure(["mia_bench", "hallusionbench", "mmdu"], judge=loopback_judge.options())
+    result = measure(sorted(JUDGED), judge=loopback_judge.options())
     for score in result.scores:
         assert score.points is None
         assert score.missing is not None
@@ -286,6 +358,59 @@ def test_the_hub_out_of_reach(
     ]
 
 
+@pytest.mark.parametrize(("name", "column"), [("mme", "question"), ("pope", "answer"), ("scienceqa", "choices")])
+def test_data_without_a_column(
+    name: str,
+    column: str,
+    measure: Callable[..., Retention],
+    asked: list[str],
+    benchmark_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    data = tmp_path / "data"
+    shutil.copytree(benchmark_data, data)
+    (file,) = local_files(BENCHMARKS[name], data)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({key: row[key] for key in row if key != column}) + "\n" for row in rows))
+    with pytest.raises(DataError) as caught:
+        measure(["mathvision", name, "mmbench"], data=data)
+    title = BENCHMARKS[name].title
+    assert str(caught.value).startswith(f"{title}: lmms-eval cannot measure it on {file} (KeyError: '{column}', ")
+    # What was measured before is told.
+    row = json.loads((tmp_path / "out/retention.json").read_text())
+    told = {score["benchmark"]: score["points"] or score["missing"] for score in row["scores"]}
+    assert told == {"mathvision": 66.67, name: NOT_YET, "mmbench": NOT_YET}
+    assert row["label"] == "mean of 1 of 12"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError(), DataError("mine")])
+def test_errors_that_are_not_of_the_data_stay(
+    error: Exception, measure: Callable[..., Retention], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kore_fast.evaluation.lmms import model as bridge
+
+    def stream(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(bridge, "stream_answers", stream)
+    with pytest.raises(type(error)) as caught:
+        measure(["pope"])
+    assert caught.value is error
+
+
+def test_scores_of_other_settings_are_not_told_on(
+    measure: Callable[..., Retention], asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(["pope"])
+    assert (tmp_path / "out/retention.json").exists()
+    monkeypatch.setattr("kore_fast.evaluation.lmms.retention.run_task", lambda *args: 1 / 0)
+    with pytest.raises(DataError, match="ZeroDivisionError"):
+        measure(["pope"], limit=2, replace=True)
+    assert not (tmp_path / "out/retention.json").exists()
+
+
 def test_limit_and_the_longest_answer(
     measure: Callable[..., Retention], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -293,11 +418,11 @@ def test_limit_and_the_longest_answer(
 
     limits: list[int] = []
 
-    def generate(network: nn.Module, processor: Any, prompts: list[Encoded], **options: Any) -> list[str]:
+    def stream(network: nn.Module, processor: Any, prompts: list[Encoded], **options: Any) -> Iterator[dict[int, str]]:
         limits.append(options["max_new_tokens"])
-        return ["1"] * len(prompts)
+        yield dict.fromkeys(range(len(prompts)), "1")
 
-    monkeypatch.setattr(bridge, "generate_answers", generate)
+    monkeypatch.setattr(bridge, "stream_answers", stream)
     result = measure(["mathvision", "pope", "mme"], limit=2, max_new_tokens=100)
     assert [score.questions for score in result.scores] == [2, 2, None]
     assert limits == [100, 100, 16]

@@ -17,8 +17,13 @@ def test_evoke() -> None:
     assert evoke.doc_to_text(doc) == "Who built it?"
     assert [image.mode for image in evoke.doc_to_visual(doc)] == ["RGB"]
     # Two of four words are right, and both of the truth's are said: 2 · 2 / (4 + 2).
-    assert evoke.process_results(doc, ["Ada Orrery built it."]) == {"cem": 1.0, "f1": pytest.approx(2 / 3)}
-    assert evoke.process_results(doc, ["Adam"]) == {"cem": 0.0, "f1": 0.0}
+    found = evoke.process_results(doc, ["Ada Orrery built it."])
+    assert found == {"cem": 1.0, "cem_corrected": 1.0, "f1": pytest.approx(2 / 3)}
+    assert evoke.process_results(doc, ["Adam"]) == {"cem": 0.0, "cem_corrected": 0.0, "f1": 0.0}
+    # With a sign at its edge a truth does not match even itself in the reference, and one of nothing matches all.
+    for truth, said, cem, corrected in (("$5", "$5", 0.0, 1.0), ("the", "no idea", 1.0, 0.0)):
+        found = evoke.process_results({**doc, "answer": truth}, [said])
+        assert (found["cem"], found["cem_corrected"]) == (cem, corrected)
 
 
 @pytest.mark.parametrize(
