@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kore_fast.endpoint.packages import needed
 from kore_fast.errors import DataError
 from kore_fast.evaluation.lmms.readable import Readable
+from kore_fast.files import whole_text
 from kore_fast.journal import Journal
 
 UNREADABLE_SHARE = 0.1
@@ -201,7 +202,7 @@ class _Answers:
         with self.record.lock:
             hidden = problem if self.key is None else problem.replace(self.key, "(the key)")
             url = f"{self.judge.base_url.rstrip('/')}/chat/completions"
-            self.record.failure = f"{url}, model {self.judge.model}: {_whole_text(hidden)}"
+            self.record.failure = f"{url}, model {self.judge.model}: {whole_text(hidden)}"
         return None
 
 
@@ -219,12 +220,7 @@ def _checked(value: Any, model: str) -> dict[str, Any]:
             raise TypeError("the content is no text")
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"not an answer of a chat endpoint: {json.dumps(value)[:200]}") from error
-    return _completion(_whole_text(str(value.get("model", model))), _whole_text(content))
-
-
-def _whole_text(text: str) -> str:
-    """Half a character, which an answer that was cut off may end with, as U+FFFD: it cannot be written as UTF-8."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _completion(whole_text(str(value.get("model", model))), whole_text(content))
 
 
 def _completion(model: str, content: str) -> dict[str, Any]:
