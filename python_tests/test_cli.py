@@ -166,7 +166,7 @@ def test_store_of_another_model(finished: Path, tmp_path: Path, capsys: pytest.C
 def test_single_stages_make_what_run_makes(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main(["augment", str(finished), "--run", str(run)]) == 0
-    assert {p.name for p in run.iterdir()} == {"augment", ".locks"}
+    assert [p.name for p in run.iterdir() if p.name[0] != "."] == ["augment"]
     shutil.copytree(finished / "run" / "covariance", run / "covariance")
     assert main(["init", str(finished), "--run", str(run), "--method", "kore"]) == 0
     assert not (run / "init" / "lora").exists()
