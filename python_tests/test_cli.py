@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ import pytest
 import torch
 
 import kore_fast
-from kore_fast.cli import main
+from kore_fast.cli import _PIPELINE, main
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -335,3 +339,45 @@ def test_interrupt_says_how_to_go_on(
     monkeypatch.setattr(work, "augment", stop)
     assert main(["augment", str(recipe_file), "--run", str(tmp_path / "run")]) == 130
     assert "the same command continues from here" in capsys.readouterr().err
+
+
+def test_without_the_pipelines_packages_every_command_says_what_to_install(tmp_path: Path) -> None:
+    words = {
+        "run": ["run", "recipe.yaml"],
+        "compare": ["compare", "recipe.yaml"],
+        "augment": ["augment", "recipe.yaml"],
+        "train": ["train", "recipe.yaml"],
+        "evaluate": ["evaluate", "recipe.yaml"],
+        "spectrum": ["spectrum", "run"],
+        "verify": ["verify", "adapter", "--model", "base"],
+        "merge": ["merge", "adapter", "--model", "base", "--output", "merged"],
+        "convert": ["convert", "samples.json", "out.jsonl", "--format", "swift", "--images", "."],
+    }
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({list(_PIPELINE)!r}))\n"
+        "from kore_fast.cli import main\n"
+        f"print([main(words) for words in {list(words.values())!r}], main(['env']))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **_here()}
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == f"{[1] * len(words)} 0"
+    lines = ran.stderr.splitlines()
+    assert [line.split()[1] for line in lines] == list(words)
+    assert all(
+        re.search(r'needs [a-z0-9]+, which is not installed: pip install "kore-fast\[pipeline\]"$', x) for x in lines
+    )
+
+
+def test_the_packages_that_a_command_may_lack_are_the_extras() -> None:
+    text = (Path(kore_fast.__file__).parents[1] / "pyproject.toml").read_text()
+    extra = re.search(r"^pipeline = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert extra
+    assert set(re.findall(r'^  "([a-z0-9]+)', extra[1], re.MULTILINE)) == set(_PIPELINE.values())
+
+
+def _here() -> dict[str, str]:
+    """The package under test, also where the directory is another."""
+    return {"PYTHONPATH": str(Path(kore_fast.__file__).parents[1])}

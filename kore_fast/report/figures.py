@@ -17,7 +17,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from kore_fast.report.reading import LossRow, Method, Metric, Scores, kind_order, pretty
 from kore_fast.report.words import ADAPTATION, RETENTION, MetricWords
@@ -297,10 +297,10 @@ def _panels(panels: Sequence[MetricWords], theme: Theme) -> tuple[Figure, list[A
     for words, ax in zip(panels, axes, strict=True):
         ax.margins(0.12)
         ax.set_title(words.label, fontsize=10, loc="left")
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _percent(ax.xaxis)
         ax.set_xlabel("new facts answered rightly (CEM) →")
         if words.share:
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            _percent(ax.yaxis)
             ax.set_ylabel("kept →")
         else:
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}"))
@@ -308,6 +308,12 @@ def _panels(panels: Sequence[MetricWords], theme: Theme) -> tuple[Figure, list[A
             ax.set_ylabel("loss, axis turned over: up is better →")
         ax.yaxis.set_minor_formatter(NullFormatter())
     return figure, axes
+
+
+def _percent(axis: Any) -> None:
+    """Ticks of shares as per cent, none rounded: whole ones where there is room, else with what digits they have."""
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.6g}%"))
 
 
 def _centre(points: Sequence[tuple[float | None, Any, Any]], rate: float) -> tuple[float, float]:

@@ -33,6 +33,7 @@ _PRETTY = {
     "lora_null": "LoRA-Null",
     "kore": "KORE",
 }
+_WORDS = {"ewc": "EWC", "lwf": "LwF", "vqa": "VQA"}
 
 
 class Metric(BaseModel):
@@ -178,8 +179,15 @@ def kind_order(kind: str) -> int:
 
 
 def pretty(method: str) -> str:
-    """A method's name as it is written in prose."""
-    return _PRETTY.get(method, method)
+    """A method's name as it is written in prose: ``lora_frozen_a`` is LoRA (frozen A), ``first_third`` first third."""
+    parts = method.split("_")
+    for length in range(len(parts), 0, -1):
+        known = _PRETTY.get("_".join(parts[:length]))
+        if known is not None:
+            # The matrix; in a name of no kind it may be the article.
+            more = " ".join("A" if part == "a" else _WORDS.get(part, part) for part in parts[length:])
+            return f"{known} ({more})" if more.strip() else known
+    return " ".join(_WORDS.get(part, part) for part in parts if part) or method
 
 
 def _read_leaks(path: Path) -> list[LeakRow]:

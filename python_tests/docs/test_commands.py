@@ -24,6 +24,13 @@ ELSEWHERE: dict[str, tuple[str, list[str]]] = {
     "make quickstart": (".ci/run", ["make quickstart-short"]),
     "make install": ("Makefile", ["test: $(STAMP)", "install: $(STAMP)"]),
     "make test-all": ("Makefile", ['pytest -m ""']),
+    "make bench": ("Makefile", ["bench: $(STAMP)", "pytest benchmarks"]),
+    "pytest benchmarks/bench_covariance.py": ("benchmarks/gpu_check.sh", ['benchmarks/bench_covariance.py "--rows=']),
+    "python benchmarks/plot.py": ("python_tests/docs/test_plots.py", ['run_path(str(ROOT / "benchmarks" / "plot.py")']),
+    "python -m pytest -m slow python_tests/constraint/test_memory.py": (
+        "python_tests/constraint/test_memory.py",
+        ["def test_llava_7b_within_twelve_gigabytes", "@pytest.mark.slow"],
+    ),
     "make gpu-check": ("benchmarks/gpu_check.sh", ["pytest"]),
     "pip install": ("Makefile", ['pip install --quiet -e ".[dev]"', "pip install --quiet torch==$(TORCH)"]),
     "torchrun --nproc-per-node N -m kore_fast covariance": (

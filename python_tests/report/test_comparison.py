@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from kore_fast.errors import DataError
 from kore_fast.intervals import mean_interval
 from kore_fast.report import build_comparison
 from kore_fast.report.comparison import equal_adaptation
-from kore_fast.report.reading import Scores
+from kore_fast.report.figures import _percent
+from kore_fast.report.reading import Scores, pretty
 
 
 def scores(
@@ -157,3 +159,32 @@ def test_bad_runs_are_named(runs: list[dict[str, Any]], tmp_path: Path) -> None:
         build_comparison([*runs, runs[3]], tmp_path)
     with pytest.raises(DataError, match="run 2: kind"):
         build_comparison([BASE, {"method": "x", "metrics": {}}], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "prose"),
+    [
+        ("lora", "LoRA"),
+        ("lora_fa", "LoRA-FA"),
+        ("lora_frozen_a", "LoRA (frozen A)"),
+        ("kore_no_augmentation", "KORE (no augmentation)"),
+        ("lora_null_2", "LoRA-Null (2)"),
+        ("no_vqa", "no VQA"),
+        ("a_quarter", "a quarter"),
+        ("koret", "koret"),
+        ("_", "_"),
+    ],
+)
+def test_names_in_prose(name: str, prose: str) -> None:
+    assert pretty(name) == prose
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.512, 0.6), (0.0, 0.5), (0.141, 0.149), (0.02, 0.95), (0.3, 0.3004)])
+def test_no_tick_of_a_share_is_rounded(low: float, high: float) -> None:
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([low, high], [0, 1])
+    _percent(axis.xaxis)
+    figure.canvas.draw()
+    for place, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True):
+        assert float(label.get_text().removesuffix("%").replace("−", "-")) == pytest.approx(100 * place, abs=1e-6)
