@@ -19,6 +19,7 @@ from torch import nn
 from kore_fast.data.conversations import Encoded, by_length, collate, tokenizer_of
 from kore_fast.errors import ConstraintError
 from kore_fast.evaluation.drift import base_of
+from kore_fast.modules.earlier import whole_weight
 from kore_fast.modules.sharding import plain_name
 from kore_fast.progress import Progress, silent
 
@@ -75,7 +76,8 @@ def held_out_leak(
     Computed in float32 with sums in float64; padding does not count.
 
     Args:
-        model: a PEFT model with LoRA adapters, or a model of the base's architecture (merged or trained in full).
+        model: a PEFT model with LoRA or OSF adapters, modules trained in full beside them included, or a model of the
+            base's architecture (merged or trained in full).
         base: the untouched base; None for a PEFT model, whose adapters are then turned off for it.
 
     Returns:
@@ -129,17 +131,15 @@ def _row(name: str, sums: _Sums, change: _Change) -> LayerChange:
 
 
 def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
-    from peft.tuners.lora import LoraLayer
-
-    adapted = {_plain(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    adapted = _adapted(model)
     find: Callable[[str], _Change | None]
     if adapted:
         names = list(adapted)
 
         def find(name: str) -> _Change | None:
-            return _of_adapter(name, adapted[name])
+            return adapted[name]()
     elif base is None:
-        raise ConstraintError(f"{type(model).__name__} has no LoRA layers: give the base model that it came from")
+        raise ConstraintError(f"{type(model).__name__} has no adapted layers: give the base model that it came from")
     else:
         ours, theirs = dict(model.named_modules()), dict(base.named_modules())
         names = [name for name, module in theirs.items() if isinstance(module, nn.Linear)]
@@ -151,9 +151,38 @@ def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
                 )
 
         def find(name: str) -> _Change | None:
-            return _of_weights(ours[name].weight, theirs[name].weight)
+            return _of_weights(whole_weight(ours[name]), whole_weight(theirs[name]))
 
     return {name: change for name in names if (change := find(name)) is not None}
+
+
+def _adapted(model: nn.Module) -> dict[str, Callable[[], _Change | None]]:
+    """How each layer that a PEFT model changes is changed; empty for another model."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.osf import OSFLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    found: dict[str, Callable[[], _Change | None]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            found[_plain(name)] = partial(_of_adapter, _plain(name), module)
+        elif isinstance(module, OSFLayer):
+            found[_plain(name)] = partial(_of_delta, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            (copy,) = module.modules_to_save.values()
+            before = dict(module.original_module.named_modules())
+            for inner, linear in copy.named_modules():
+                if isinstance(linear, nn.Linear):
+                    path = f"{name}.{inner}".removesuffix(".")
+                    found[_plain(path)] = partial(_of_weights, linear.weight, before[inner].weight)
+    return found
+
+
+@torch.no_grad()
+def _of_delta(layer: Any) -> _Change | None:
+    delta = layer.get_delta_weight("default").float()
+    norm = _energy(delta)
+    return _Change((delta,), norm) if norm else None
 
 
 def _of_weights(weight: torch.Tensor, before: torch.Tensor) -> _Change | None:
@@ -193,4 +222,5 @@ def _energy(values: torch.Tensor) -> float:
 
 
 def _plain(name: str) -> str:
-    return plain_name(name).removeprefix("base_model.model.")
+    """As in the base, also of what PEFT keeps the original of."""
+    return plain_name(name).removeprefix("base_model.model.").replace(".original_module", "")

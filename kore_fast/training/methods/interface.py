@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -135,10 +135,10 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def load(self, folder: Path, load_base: Callable[[str | Path | None], nn.Module]) -> nn.Module:
-        """What `save` wrote as one plain model for evaluation.
+        """What `save` wrote as a model for evaluation: an adapter on its base, unmerged.
 
         Args:
-            load_base: loads a model from a folder, the base for None.
+            load_base: loads a model from a folder, the base (used up) for None.
         """
 
     def added_parameters(self, folder: Path) -> int:
@@ -166,8 +166,7 @@ class AdapterMethod(TrainingMethod):
         remove_model_card(folder)
 
     def load(self, folder: Path, load_base: Callable[[str | Path | None], nn.Module]) -> nn.Module:
-        adapted: Any = open_adapter(load_base(None), folder)
-        return adapted.merge_and_unload()
+        return open_adapter(load_base(None), folder).eval()
 
     def added_parameters(self, folder: Path) -> int:
         return sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values())

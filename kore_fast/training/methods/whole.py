@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+from kore_fast.modules.earlier import put_into
 from kore_fast.training.methods.interface import AdapterMethod, StartOptions, TrainingMethod, WeightChange
 
 
@@ -24,6 +25,8 @@ class Full(TrainingMethod):
     takes = frozenset({"projector_learning_rate", "weight_decay"})
 
     def open(self, base: nn.Module, options: StartOptions, start: Path | None) -> nn.Module:
+        # What it saves is a whole model.
+        put_into(base, torch.float32)
         for name in options.layers:
             base.get_submodule(name).requires_grad_(True)
         for name, parameter in base.named_parameters():
@@ -80,6 +83,15 @@ class Osf(AdapterMethod):
                 target_modules=options.target_modules,
             ),
         )
+
+    def load(self, folder: Path, load_base: Callable[[str | Path | None], nn.Module]) -> nn.Module:
+        model = super().load(folder, load_base)
+        # PEFT has its factors in the base's dtype, where they differ from their start by rounding alone.
+        for name, parameter in model.named_parameters():
+            if ".osf_svd_params." in name:
+                parameter.data = parameter.data.float()
+        self.restore(model, folder)
+        return model
 
     def weight_changes(self, model: nn.Module) -> dict[str, WeightChange]:
         from peft.tuners.osf import OSFLayer

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -21,10 +22,12 @@ from kore_fast.constraint import CovarianceStore, select_linears
 from kore_fast.errors import ConstraintError
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.loading import load_model
+from kore_fast.recipe import work
 from kore_fast.recipe.methods import start_options
 from kore_fast.recipe.schema import Method, Recipe, load_recipe
 from kore_fast.training.loop import TrainingOptions, train
 from kore_fast.training.methods import METHODS
+from kore_fast.training.methods.low_rank import product
 from kore_fast.training.methods.residual import released_covariances
 from python_tests.conftest import recipe_text
 from python_tests.training.test_loop import Killed, killed_at, samples
@@ -197,6 +200,37 @@ def test_what_is_saved_is_the_trained_model_elsewhere(recipe: Recipe, name: str,
     assert torch.equal(logits(model), wanted)
 
 
+@each()
+def test_what_is_measured_is_base_and_adapter_unmerged(recipe: Recipe, name: str) -> None:
+    """In bfloat16 the base's weights stay the base's, and the change is the float32 one of the file: merged, a small
+    one would be lost in the weights' rounding."""
+    half = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+    method, folder = recipe.methods[name], run_of(recipe) / "train" / name
+    model, base = work._trained(half, folder, method)
+    untouched = dict(load_model(recipe.model_path(), torch.bfloat16).named_parameters())
+    if name == "full":
+        assert base is not None
+        assert {p.dtype for p in (*model.parameters(), *base.parameters())} == {torch.bfloat16}
+        return
+    assert base is None
+    assert isinstance(model, PeftModel)
+    wrapped = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    assert all(torch.equal(wrapped[n], p) for n, p in untouched.items())
+    tensors = load_file(adapter(recipe, name))
+    layers: Any = lora_layers(model)
+    changes = {n: partial(product, layer) for n, layer in layers.items()} or method.way.weight_changes(model)
+    for layer, change in changes.items():
+        if name == "osf":
+            U, S, V = (tensors[f"base_model.model.{layer}.osf_svd_params.{part}_low"] for part in "USV")
+            module: Any = model.get_submodule(f"base_model.model.{layer}")
+            start = [getattr(module, f"_osf_{part}_low_init")["default"] for part in "USV"]
+            wanted = (U * S) @ V - (start[0] * start[1]) @ start[2]
+        else:
+            A, B = (tensors[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+            wanted = float(layers[layer].scaling["default"]) * (B @ A)
+        torch.testing.assert_close(change().detach(), wanted, rtol=1e-5, atol=1e-7)
+
+
 @each("full", "osf")
 def test_the_rank_that_is_saved(recipe: Recipe, name: str) -> None:
     ranks = {v.shape[0] for k, v in load_file(adapter(recipe, name)).items() if "lora_A" in k}
@@ -218,16 +252,16 @@ def test_what_is_frozen_stays(recipe: Recipe, name: str, tmp_path: Path) -> None
 
 def test_osf_leaves_the_largest_direction(recipe: Recipe) -> None:
     """PEFT projects gradients, and Adam's steps leave that projection a little: not zero, but far below the change."""
-    trained = METHODS["osf"].load(
-        run_of(recipe) / "train" / "osf" / "adapter", lambda _: load_model(recipe.model_path())
-    )
+    way = METHODS["osf"]
+    trained = way.load(run_of(recipe) / "train" / "osf" / "adapter", lambda _: load_model(recipe.model_path()))
     base = load_model(recipe.model_path())
     changes = []
-    for name in select_linears(base):
-        W0, W = base.get_submodule(name).weight.detach(), trained.get_submodule(name).weight.detach()
+    for name, change in way.weight_changes(trained).items():
+        W0, delta = base.get_submodule(name).weight.detach(), change().detach()
         U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
-        assert float((U[:, 0] @ (W - W0) @ Vh[0]).abs()) < 1e-3 * float(S[0])
-        changes.append(float((W - W0).norm() / W0.norm()))
+        assert float((U[:, 0] @ delta @ Vh[0]).abs()) < 1e-3 * float(S[0])
+        changes.append(float(delta.norm() / W0.norm()))
+    assert len(changes) == len(select_linears(base))
     assert min(changes) > 1e-3
 
 
@@ -276,7 +310,11 @@ def test_the_projector_is_trained_and_saved_beside_it(recipe: Recipe, name: str,
     loaded = way.load(tmp_path / way.saves, lambda folder: load_model(folder or recipe.model_path()))
     base = load_model(recipe.model_path())
     for part in ("linear_1", "linear_2"):
-        before, after = (dict(m.named_parameters()) for m in (base, loaded))
+        before = dict(base.named_parameters())
+        after = {
+            n.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): p
+            for n, p in loaded.named_parameters()
+        }
         names = [n for n in before if "multi_modal_projector" in n and part in n and n.endswith("weight")]
         assert names
         assert all(not torch.equal(before[n], after[n]) for n in names)
