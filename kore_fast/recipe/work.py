@@ -210,6 +210,7 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
         bf16=recipe.bf16(),
         checkpoint_every=recipe.training.checkpoint_every,
         projector_learning_rate=method.projector_learning_rate,
+        trained_whole=recipe.trained_whole(method) or (),
         replay=method.replay or 0.0,
     )
     done = last_whole_checkpoint(checkpoints) if first_rank() else None

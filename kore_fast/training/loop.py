@@ -33,10 +33,11 @@ from kore_fast.data.conversations import (
 from kore_fast.errors import ConstraintError
 from kore_fast.files import write_text
 from kore_fast.modules.adapter import KorePeftModel
-from kore_fast.modules.sharding import place_among_ranks, sum_over_ranks
+from kore_fast.modules.sharding import place_among_ranks, plain_name, sum_over_ranks
 from kore_fast.progress import Progress, silent
 from kore_fast.training.callback import KoreCallback
 from kore_fast.training.methods import METHODS, TrainingMethod
+from kore_fast.training.methods.interface import is_within
 from kore_fast.training.retention.terms import Batch, Term
 
 LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
@@ -64,7 +65,11 @@ class TrainingOptions:
     """Compute in bfloat16 under autocast; weights and their updates stay as they are loaded."""
     checkpoint_every: int = 25
     projector_learning_rate: float | None = None
-    """Learning rate of modules trained in full beside an adapter (PEFT's ``modules_to_save``); default the same."""
+    """Learning rate of modules trained in full beside an adapter (PEFT's ``modules_to_save``) and of
+    ``trained_whole``; default the same."""
+    trained_whole: Sequence[str] = ()
+    """Names of modules, or their ends (``visual.merger``), that the projector's learning rate is for where no adapter
+    tells them apart: full fine-tuning's."""
     replay: float = 0.0
     """Share of old samples among those that are trained on (`ConversationDataset.old`)."""
 
@@ -111,8 +116,15 @@ class _Trainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.options.projector_learning_rate
         if rate is not None:
-            beside = ("modules_to_save", "projector", "merger")
-            whole = {id(p) for n, p in self.model.named_parameters() if any(name in n for name in beside)}
+            names = ("modules_to_save", *self.options.trained_whole)
+            whole = {
+                id(p) for n, p in self.model.named_parameters() if is_within(plain_name(n), names) and p.requires_grad
+            }
+            if not whole:
+                raise ConstraintError(
+                    f"projector_learning_rate={rate}, but nothing that is trained is within {' or '.join(names)}: name "
+                    "the projector's module in trained_whole (in a recipe: model.projector)"
+                )
             for group in list(optimizer.param_groups):
                 moves = [id(parameter) in whole for parameter in group["params"]]
                 if any(moves):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -177,6 +177,11 @@ def open_adapter(base: nn.Module, folder: Path, *, is_trainable: bool = False) -
     if is_kore_adapter(folder):
         return load_kore_model(base, folder, is_trainable=is_trainable)
     return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+
+
+def is_within(parameter: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter's name is that of one within a module of the given names, or of these as ends of names."""
+    return any(f".{module}." in f".{parameter}" for module in modules)
 
 
 def remove_model_card(folder: Path) -> None:

@@ -280,6 +280,27 @@ def test_interrupted_and_resumed_is_uninterrupted(recipe: Recipe, name: str, tmp
     assert saved(trained_again(recipe, name, tmp_path / "broken"), tmp_path / "b") == whole
 
 
+def test_full_fine_tuning_of_a_bfloat16_model_resumes_to_the_bit(recipe: Recipe, tmp_path: Path) -> None:
+    """What is trained is float32: a step is smaller than bfloat16's spacing."""
+
+    def trained_in_half(folder: Path, **given: Any) -> dict[str, torch.Tensor]:
+        base = load_model(recipe.model_path(), torch.bfloat16)
+        model = METHODS["full"].open(base, start_options(recipe, recipe.methods["full"], base), None)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        options = TrainingOptions(learning_rate=1e-4, steps=4, batch_size=3, checkpoint_every=2, bf16=True)
+        train(model, dataset(recipe), options, folder, method=METHODS["full"], **given)
+        return model.state_dict()
+
+    whole = trained_in_half(tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained_in_half(tmp_path / "broken", progress=killed_at(3))
+    found = trained_in_half(tmp_path / "broken")
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32, torch.bfloat16}
+    assert all(found[name].dtype == whole[name].dtype and torch.equal(found[name], whole[name]) for name in whole)
+
+
 def test_lora_fa_is_not_adamw_on_b(recipe: Recipe, tmp_path: Path) -> None:
     from peft.optimizers.lorafa import LoraFAOptimizer
 
@@ -287,7 +308,7 @@ def test_lora_fa_is_not_adamw_on_b(recipe: Recipe, tmp_path: Path) -> None:
     model = opened(recipe, "lora_fa")
     assert isinstance(way.optimizer(model, TrainingOptions(1e-3, 1)), LoraFAOptimizer)
     data = dataset(recipe)
-    options = TrainingOptions(learning_rate=1e-2, steps=2, batch_size=3, projector_learning_rate=1e-3)
+    options = TrainingOptions(learning_rate=1e-2, steps=2, batch_size=3)
     train(model, data, options, tmp_path / "own", method=way)
     other = opened(recipe, "lora_fa")
     train(other, data, options, tmp_path / "adamw", method=METHODS["lora"])
@@ -304,7 +325,10 @@ def test_the_projector_is_trained_and_saved_beside_it(recipe: Recipe, name: str,
     if start is not None:
         way.make_start(load_model(recipe.model_path()), options, start)
     model = way.open(load_model(recipe.model_path()), options, start)
-    chosen = TrainingOptions(learning_rate=1e-2, steps=4, batch_size=3, projector_learning_rate=1e-2)
+    beside = recipe.trained_whole(method) or ()
+    chosen = TrainingOptions(
+        learning_rate=1e-2, steps=4, batch_size=3, projector_learning_rate=1e-2, trained_whole=beside
+    )
     train(model, dataset(recipe), chosen, tmp_path / "checkpoints", method=way)
     way.save(model, tmp_path / way.saves, start)
     loaded = way.load(tmp_path / way.saves, lambda folder: load_model(folder or recipe.model_path()))
