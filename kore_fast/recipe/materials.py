@@ -64,9 +64,12 @@ def base_model(recipe: Recipe, *, accelerated: bool = True) -> nn.Module:
     model = load_model(recipe.model_path(), model_dtype(recipe))
     if recipe.after is not None:
         put_beside(model, earlier_adapter(recipe))
-    if accelerated and torch.cuda.is_available():
-        return model.to(torch.device("cuda", torch.cuda.current_device()))
-    return model
+    return on_accelerator(model) if accelerated else model
+
+
+def on_accelerator(model: nn.Module) -> nn.Module:
+    """The model on this process's GPU, where there is one."""
+    return model.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else model
 
 
 def model_dtype(recipe: Recipe) -> torch.dtype:

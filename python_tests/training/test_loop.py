@@ -362,9 +362,7 @@ def test_full_fine_tuning_trains_a_projector_of_any_name(projector: str) -> None
 def test_a_projector_s_learning_rate_for_nothing_is_refused(
     tiny_model_folder: Path, dataset: ConversationDataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        ConstraintError, match="but nothing that is trained is within modules_to_save or"
-    ):
+    with pytest.raises(ConstraintError, match="but nothing that is trained is within modules_to_save or"):
         train(
             lora_model(tiny_model_folder),
             dataset,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -177,6 +177,12 @@ def open_adapter(base: nn.Module, folder: Path, *, is_trainable: bool = False) -
     if is_kore_adapter(folder):
         return load_kore_model(base, folder, is_trainable=is_trainable)
     return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+
+
+def on_device_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with their tensors where the model's parameters are."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
 def is_within(parameter: str, modules: Iterable[str]) -> bool:

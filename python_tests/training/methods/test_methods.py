@@ -25,10 +25,11 @@ from kore_fast.modules.loading import load_model
 from kore_fast.recipe import work
 from kore_fast.recipe.methods import start_options
 from kore_fast.recipe.schema import Method, Recipe, load_recipe
-from kore_fast.training.loop import TrainingOptions, train
+from kore_fast.training.loop import TrainingOptions, move_named_state, train
 from kore_fast.training.methods import METHODS
 from kore_fast.training.methods.low_rank import product
 from kore_fast.training.methods.residual import released_covariances
+from kore_fast.training.retention.ewc import diagonal_fisher
 from python_tests.conftest import recipe_text
 from python_tests.training.test_loop import Killed, killed_at, samples
 
@@ -425,6 +426,61 @@ def test_lora_null_s_own_covariances() -> None:
     assert not torch.allclose(found.double(), exact, rtol=1e-6)
     with pytest.raises(ConstraintError, match=r"inner\.0: LoRA-Null's float16 sum .* null_covariance: store"):
         released_covariances(Takes(), [{"x": torch.full((1, 3, 6), -1e5)}], ["inner.0"])
+
+
+class Elsewhere(nn.Module):
+    """A model on another device than its samples, which looks where they come to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2, bias=False, device="meta")
+
+    def forward(self, **inputs: torch.Tensor) -> None:
+        raise Arrived({name: value.device.type for name, value in inputs.items()})
+
+
+class Arrived(Exception):
+    pass
+
+
+def test_samples_go_to_the_model_s_device() -> None:
+    sample = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "labels": torch.ones(1, 4, dtype=torch.int64)}
+    with pytest.raises(Arrived) as found:
+        released_covariances(Elsewhere(), [sample], ["inner"])
+    assert found.value.args[0] == {"input_ids": "meta", "labels": "meta"}
+    with pytest.raises(Arrived) as found:
+        diagonal_fisher(Elsewhere(), ["inner"], [sample])
+    assert found.value.args[0] == {"input_ids": "meta"}
+    assert sample["labels"].device.type == "cpu"
+
+
+def test_moments_that_are_kept_by_name_go_to_the_device(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch moves what an optimiser keeps for parameters, and leaves LoRA-FA's moments where Trainer loaded them: on
+    the CPU. Here another device than the CPU is the one that nothing can be computed on."""
+    from torch.optim import Optimizer
+
+    with pytest.raises(Killed):
+        trained_again(recipe, "lora_fa", tmp_path, progress=killed_at(5))
+    moved: dict[str, torch.Tensor] = {}
+
+    class Loaded(Exception):
+        pass
+
+    def on_meta(optimizer: Optimizer, device: torch.device) -> None:
+        assert device.type == "cpu"
+        move_named_state(optimizer, torch.device("meta"))
+        for key, state in optimizer.state.items():
+            assert isinstance(key, str)
+            moved.update({f"{key} {name}": v for name, v in state.items() if isinstance(v, torch.Tensor)})
+        raise Loaded
+
+    monkeypatch.setattr("kore_fast.training.loop.move_named_state", on_meta)
+    with pytest.raises(Loaded):
+        trained_again(recipe, "lora_fa", tmp_path)
+    assert len(moved) == 2 * len(lora_layers(opened(recipe, "lora_fa")))
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}
 
 
 def test_a_method_that_this_peft_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
