@@ -327,6 +327,7 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
         bf16=recipe.bf16(),
     )
     settings: dict[str, Any] = {}
+    base: nn.Module | None
     if method is None:
         model = base = base_model(recipe)
     else:
