@@ -22,6 +22,7 @@ from kore_fast.data.conversations import Encoded, by_length, collate, tokenizer_
 from kore_fast.errors import ConstraintError, KoreError
 from kore_fast.evaluation.batches import BatchSize, Kept
 from kore_fast.evaluation.drift import base_of, digests
+from kore_fast.modules.earlier import whole_weight
 from kore_fast.modules.sharding import plain_name
 from kore_fast.progress import Progress, silent
 
@@ -87,7 +88,7 @@ def held_out_leak(
     are those that follow; of an attempt that failed nothing is counted.
 
     Args:
-        model: a PEFT model with LoRA adapters (and perhaps modules trained in full beside them), or a model of the
+        model: a PEFT model with LoRA or OSF adapters, modules trained in full beside them included, or a model of the
             base's architecture (merged or trained in full).
         base: the untouched base; None for a PEFT model, whose adapters are then turned off for it.
         journal: as in `measure_drift`.
@@ -162,7 +163,9 @@ def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
     find = _of_adapters(model)
     if not find:
         if base is None:
-            raise ConstraintError(f"{type(model).__name__} has no LoRA layers: give the base model that it came from")
+            raise ConstraintError(
+                f"{type(model).__name__} has no adapted layers: give the base model that it came from"
+            )
         ours, theirs = dict(model.named_modules()), dict(base.named_modules())
         for name in [name for name, module in theirs.items() if isinstance(module, nn.Linear)]:
             shapes = [getattr(getattr(side.get(name), "weight", None), "shape", None) for side in (ours, theirs)]
@@ -170,7 +173,7 @@ def _changes(model: nn.Module, base: nn.Module | None) -> dict[str, _Change]:
                 raise ConstraintError(
                     f"{name}: {shapes[1]} in the base, {shapes[0]} in the model; not one architecture"
                 )
-            find[name] = partial(_of_weights, ours[name].weight, theirs[name].weight)
+            find[name] = partial(_of_weights, whole_weight(ours[name]), whole_weight(theirs[name]))
     changes = {name: change for name, work in find.items() if (change := work()) is not None}
     for name, change in changes.items():
         if not math.isfinite(change.norm):
@@ -185,6 +188,7 @@ def _of_adapters(model: nn.Module) -> dict[str, Callable[[], _Change | None]]:
     """How to find the change of each layer that PEFT adapted, and of each linear layer that it trained in full beside
     them (``modules_to_save``)."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.osf import OSFLayer
     from peft.utils import ModulesToSaveWrapper
 
     find: dict[str, Callable[[], _Change | None]] = {}
@@ -192,6 +196,8 @@ def _of_adapters(model: nn.Module) -> dict[str, Callable[[], _Change | None]]:
         name = _plain(full_name)
         if isinstance(module, LoraLayer):
             find[name] = partial(_of_adapter, name, module)
+        elif isinstance(module, OSFLayer):
+            find[name] = partial(_of_delta, module)
         elif isinstance(module, ModulesToSaveWrapper):
             before = dict(module.original_module.named_modules())
             for adapter in module.active_adapters:
@@ -201,6 +207,13 @@ def _of_adapters(model: nn.Module) -> dict[str, Callable[[], _Change | None]]:
                         whose = f"{name}.{inner}" if inner else name
                         find[whose] = partial(_of_weights, layer.weight, before[inner].weight)
     return find
+
+
+@torch.no_grad()
+def _of_delta(layer: Any) -> _Change | None:
+    delta = layer.get_delta_weight("default").float()
+    norm = _energy(delta)
+    return _Change((delta,), norm) if norm else None
 
 
 def _of_weights(weight: torch.Tensor, before: torch.Tensor) -> _Change | None:

@@ -30,7 +30,7 @@ def combine_adapters(first: str | Path, second: str | Path, output: str | Path) 
         ConstraintError: an adapter with more than A and B in a layer (DoRA, a bias), or whose A is not the saved one.
         DataError: see `read_adapter` and `new_folder`.
     """
-    adapters = [_plain(read_adapter(folder)) for folder in (first, second)]
+    adapters = [plain_adapter(read_adapter(folder)) for folder in (first, second)]
     A: dict[str, torch.Tensor] = {}
     B: dict[str, torch.Tensor] = {}
     beside: dict[str, torch.Tensor] = {}
@@ -58,7 +58,8 @@ def combine_adapters(first: str | Path, second: str | Path, output: str | Path) 
     return ranks
 
 
-def _plain(adapter: AdapterFiles) -> AdapterFiles:
+def plain_adapter(adapter: AdapterFiles) -> AdapterFiles:
+    """The adapter. Raises `ConstraintError` where it has more than A and B in a layer, or not its own A."""
     odd = next((name for name in adapter.others if any(name.startswith(f"{layer}.") for layer in adapter.A)), None)
     if odd is not None or adapter.config.get("use_dora"):
         raise ConstraintError(f"{adapter.folder}: has more than A and B ({odd or 'DoRA'}); merge it instead")

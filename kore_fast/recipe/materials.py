@@ -58,25 +58,33 @@ def targets_key(recipe: Recipe, method: Method | None = None) -> Any:
 
 def base_model(recipe: Recipe, *, accelerated: bool = True) -> nn.Module:
     """The model that a run starts from, where there is a GPU on it; under a Trainer that is Trainer's to do."""
+    from kore_fast.modules.earlier import put_beside
     from kore_fast.modules.loading import load_model
-    from kore_fast.training.methods.interface import open_adapter
 
-    dtype = getattr(torch, recipe.model.dtype)
-    if recipe.after is None:
-        model = load_model(recipe.model_path(), dtype)
-    else:
-        # Summed in float32 and rounded once.
-        adapted: Any = open_adapter(load_model(recipe.model_path()), earlier_adapter(recipe))
-        model = adapted.merge_and_unload().to(dtype).eval().requires_grad_(False)
-    if accelerated and torch.cuda.is_available():
-        return model.to(torch.device("cuda", torch.cuda.current_device()))
-    return model
+    model = load_model(recipe.model_path(), model_dtype(recipe))
+    if recipe.after is not None:
+        put_beside(model, earlier_adapter(recipe))
+    return on_accelerator(model) if accelerated else model
+
+
+def on_accelerator(model: nn.Module) -> nn.Module:
+    """The model on this process's GPU, where there is one."""
+    return model.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else model
+
+
+def model_dtype(recipe: Recipe) -> torch.dtype:
+    """Of the weights, of the base and of what was trained in full."""
+    dtype: torch.dtype = getattr(torch, recipe.model.dtype)
+    return dtype
 
 
 def earlier_adapter(recipe: Recipe) -> Path:
-    """The adapter that an earlier run has trained, which this one starts with."""
+    """The adapter that an earlier run has trained, which this one starts with; where that run began with another, the
+    one for the untouched base."""
     assert recipe.after is not None
-    return recipe.resolve(recipe.after.run) / "train" / recipe.after.method / "adapter"
+    trained = recipe.resolve(recipe.after.run) / "train" / recipe.after.method
+    combined = trained / "combined"
+    return combined if combined.is_dir() else trained / "adapter"
 
 
 def earlier_covariance(recipe: Recipe) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kore_fast.errors import StoreError
-from kore_fast.recipe.materials import processor_of
+from kore_fast.recipe.materials import on_accelerator, processor_of
 from kore_fast.recipe.schema import Method, Recipe
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ def fisher(
     recipe: Recipe, method: Method, model: nn.Module, processor: Any, old: list[Encoded], folder: Path
 ) -> dict[str, torch.Tensor]:
     """The Fisher of EWC on the untouched ``model``; kept in ``folder``, so that a run that goes on does not take it
-    again. Empty without EWC."""
+    again. Empty without EWC. One process takes it, on its GPU where there is one (the model stays there), while the
+    others wait."""
+    from kore_fast.constraint.distributed import Ranks
     from kore_fast.constraint.selection import select_linears
     from kore_fast.data.conversations import collate, tokenizer_of
     from kore_fast.data.old_knowledge import sample
@@ -81,13 +83,18 @@ def fisher(
 
     if method.ewc is None:
         return {}
-    path = folder / "fisher.safetensors"
-    if not path.exists():
+    path, samples = folder / "fisher.safetensors", method.ewc.samples
+
+    def take() -> None:
+        if path.exists():
+            return
         pad = tokenizer_of(processor).pad_token_id
-        chosen = sample(old, method.ewc.samples, recipe.seed)
-        batches = (collate([encoded], pad, labels=True) for encoded in chosen)
+        batches = (collate([encoded], pad, labels=True) for encoded in sample(old, samples, recipe.seed))
+        layers = select_linears(model, recipe.targets_of(model, method))
         folder.mkdir(parents=True, exist_ok=True)
-        save_fisher(path, diagonal_fisher(model, select_linears(model, recipe.targets_of(model, method)), batches))
+        save_fisher(path, diagonal_fisher(on_accelerator(model), layers, batches))
+
+    Ranks().by_first(take)
     return load_fisher(path)
 
 

@@ -30,6 +30,7 @@ from kore_fast.recipe.materials import (
     earlier_covariance,
     earlier_questions,
     image_root,
+    model_dtype,
     processor_of,
     samples_file,
 )
@@ -133,6 +134,7 @@ def _finish_start(recipe: Recipe, run: Path, method: Method, folder: Path) -> No
     from kore_fast.constraint import CovarianceStore
     from kore_fast.constraint.leak import LayerLeak, leak_report
     from kore_fast.modules.adapter import METADATA, lora_layers
+    from kore_fast.modules.earlier import put_into
 
     rows: list[dict[str, Any]] = []
     if method.way.starts == "null space":
@@ -141,7 +143,9 @@ def _finish_start(recipe: Recipe, run: Path, method: Method, folder: Path) -> No
     else:
         model = base_model(recipe)
         covariances = run / "covariance" if recipe.covariance else None
-        adapted = method.way.make_start(model, start_options(recipe, method, model, covariances), folder)
+        options = start_options(recipe, method, model, covariances)
+        # A start that is made from weights is made from whole ones.
+        adapted = method.way.make_start(put_into(model), options, folder)
         layers = lora_layers(adapted)
         A = {name: layer.lora_A["default"].weight for name, layer in layers.items()}
         # An A of zeros (MiCA's) looks nowhere yet.
@@ -206,6 +210,7 @@ def train(recipe: Recipe, run: Path, name: str, method: Method, folder: Path, pr
         bf16=recipe.bf16(),
         checkpoint_every=recipe.training.checkpoint_every,
         projector_learning_rate=method.projector_learning_rate,
+        trained_whole=recipe.trained_whole(method) or (),
         replay=method.replay or 0.0,
     )
     done = last_whole_checkpoint(checkpoints) if first_rank() else None
@@ -294,7 +299,6 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
     from kore_fast.data.old_knowledge import capital_questions, read_pictures, read_texts, sample
     from kore_fast.data.questions import Question, read_questions
     from kore_fast.evaluation.suite import Suite, evaluate
-    from kore_fast.modules.loading import load_model
 
     options, old = recipe.evaluation, recipe.old_knowledge
 
@@ -322,15 +326,13 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
         batch_size=options.batch_size,
         bf16=recipe.bf16(),
     )
-    base = base_model(recipe)
     settings: dict[str, Any] = {}
-    model = base
-    if method is not None:
-        trained = run / "train" / name
-        settings = read_json(trained / "settings.json")
-        way = method.way
-        model = way.load(trained / way.saves, lambda folder: load_model(folder) if folder else base_model(recipe))
-        model = model.to(next(base.parameters()).device)
+    base: nn.Module | None
+    if method is None:
+        model = base = base_model(recipe)
+    else:
+        settings = read_json(run / "train" / name / "settings.json")
+        model, base = _trained(recipe, run / "train" / name, method)
     processor = processor_of(recipe)
     metrics = evaluate(
         model,
@@ -360,6 +362,23 @@ def evaluate(recipe: Recipe, run: Path, name: str, method: Method | None, folder
             "metrics": metrics,
         },
     )
+
+
+def _trained(recipe: Recipe, folder: Path, method: Method) -> tuple[nn.Module, nn.Module | None]:
+    """What a method has trained, as it is served: base and adapter, unmerged, in the recipe's dtype. And its base, None
+    where that is the same model with the adapter off."""
+    from kore_fast.modules.loading import load_model
+
+    base, way = base_model(recipe), method.way
+
+    def load_base(saved: str | Path | None) -> nn.Module:
+        return base if saved is None else load_model(saved, model_dtype(recipe))
+
+    # In a weight of bfloat16 a small B·A is lost to rounding.
+    model = way.load(folder / way.saves, load_base)
+    if way.saves == "adapter":
+        return model, None
+    return model.to(next(base.parameters()).device), base
 
 
 def _evaluate_evoke(

@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,21 @@ from kore_fast.data.conversations import (
 from kore_fast.errors import ConstraintError
 from kore_fast.files import write_text
 from kore_fast.modules.adapter import KorePeftModel
-from kore_fast.modules.sharding import place_among_ranks, sum_over_ranks
+from kore_fast.modules.sharding import place_among_ranks, plain_name, sum_over_ranks
 from kore_fast.progress import Progress, silent
 from kore_fast.training.callback import KoreCallback
 from kore_fast.training.methods import METHODS, TrainingMethod
+from kore_fast.training.methods.interface import is_within
 from kore_fast.training.retention.terms import Batch, Term
 
 LOSS_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-_CHECKPOINT_FILES = ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_WHOLE = "one process or DDP"
+# Of a whole checkpoint, by how the parameters were spread over processes.
+_CHECKPOINT_FILES = {
+    _WHOLE: ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"),
+    "FSDP2": ("pytorch_model_fsdp*", "optimizer*", "scheduler.pt", "rng_state*.pth"),
+    "DeepSpeed": ("latest", "global_step*/*optim_states.pt", "scheduler.pt", "rng_state*.pth"),
+}
 # Methods that were compared with one process where FSDP2 or ZeRO-3 spread the parameters over processes.
 _SPREADABLE = ("full", "kore", "lora", "mica")
 
@@ -64,7 +73,11 @@ class TrainingOptions:
     """Compute in bfloat16 under autocast; weights and their updates stay as they are loaded."""
     checkpoint_every: int = 25
     projector_learning_rate: float | None = None
-    """Learning rate of modules trained in full beside an adapter (PEFT's ``modules_to_save``); default the same."""
+    """Learning rate of modules trained in full beside an adapter (PEFT's ``modules_to_save``) and of
+    ``trained_whole``; default the same."""
+    trained_whole: Sequence[str] = ()
+    """Names of modules, or their ends (``visual.merger``), that the projector's learning rate is for where no adapter
+    tells them apart: full fine-tuning's."""
     replay: float = 0.0
     """Share of old samples among those that are trained on (`ConversationDataset.old`)."""
 
@@ -77,6 +90,9 @@ class _Trainer(Trainer):
         # `compute_loss` divides by the tokens of the whole step; under transformers 5.5 accelerate would divide the
         # gradient by the number of batches as well.
         self.accelerator.gradient_accumulation_steps = 1
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None:
+            keep_weights_under_deepspeed(plugin.deepspeed_config)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
@@ -111,8 +127,15 @@ class _Trainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = self.options.projector_learning_rate
         if rate is not None:
-            beside = ("modules_to_save", "projector", "merger")
-            whole = {id(p) for n, p in self.model.named_parameters() if any(name in n for name in beside)}
+            names = ("modules_to_save", *self.options.trained_whole)
+            whole = {
+                id(p) for n, p in self.model.named_parameters() if is_within(plain_name(n), names) and p.requires_grad
+            }
+            if not whole:
+                raise ConstraintError(
+                    f"projector_learning_rate={rate}, but nothing that is trained is within {' or '.join(names)}: name "
+                    "the projector's module in trained_whole (in a recipe: model.projector)"
+                )
             for group in list(optimizer.param_groups):
                 moves = [id(parameter) in whole for parameter in group["params"]]
                 if any(moves):
@@ -124,9 +147,17 @@ class _Trainer(Trainer):
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Trainer would load a second adapter over the first and make trainable what is frozen.
-        self.method.restore(self.model, Path(resume_from_checkpoint))
+        if spread_by() is None:
+            # Trainer would load a second adapter over the first and make trainable what is frozen.
+            self.method.restore(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.method.check(self.model, self.options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.optimizer is not None:
+            move_named_state(self.optimizer, self.args.device)
 
     method: TrainingMethod = METHODS["lora"]
     terms: Sequence[Term] = ()
@@ -277,6 +308,38 @@ def train(
     ]
 
 
+def move_named_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Put what an optimiser keeps under names on the device, as LoRA-FA's moments: of parameters torch does that itself
+    when a checkpoint is loaded."""
+    for key, state in optimizer.state.items():
+        if isinstance(key, str):
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[name] = value.to(device)
+
+
+def keep_weights_under_deepspeed(config: dict[str, Any]) -> None:
+    """Let DeepSpeed compute in bfloat16 by autocast, and leave every weight in the dtype that it has: its own bfloat16
+    mode casts all of them, KORE's A, which must not change, among them.
+
+    Args:
+        config: DeepSpeed's; changed in place where it asks for that mode.
+
+    Raises:
+        ConstraintError: a DeepSpeed without autocast.
+    """
+    if str(config.get("bf16", {}).get("enabled", False)).lower() != "true":
+        return
+    if find_spec("deepspeed.runtime.torch_autocast") is None:
+        raise ConstraintError(
+            f"DeepSpeed {version('deepspeed')} computes in bfloat16 only by casting every weight, lora_A too, which "
+            "must not change: pip install -U deepspeed (one with torch_autocast), or set training.precision: fp32"
+        )
+    config["bf16"] = {**config["bf16"], "enabled": False}
+    # No module whose weights would be gathered in bfloat16.
+    config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
 def spread_by() -> str | None:
     """What `accelerate launch` was told to spread the parameters with; None where every process has them whole."""
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP2"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
@@ -286,16 +349,18 @@ def spread_by() -> str | None:
 
 
 def check_spread(method: TrainingMethod, checkpoints: Path, *, adds_terms: bool = False) -> None:
-    """Whether the parameters may be spread over processes as `accelerate launch` was told to.
+    """Whether the parameters may be spread over processes as `accelerate launch` was told to, and whether a run that
+    was interrupted can go on so.
 
     Args:
         checkpoints: the folder that `train` is given.
         adds_terms: EWC or LwF is added to the loss.
 
     Raises:
-        ConstraintError: FSDP's first version; a method or a term that needs whole weights; an interrupted run's
-            checkpoints.
+        ConstraintError: FSDP's first version; a method or a term that needs whole weights; checkpoints of parameters
+            that were spread in another way, or by DeepSpeed over another number of processes.
     """
+    _refuse_other_checkpoints(checkpoints)
     by = spread_by()
     if by is None:
         return
@@ -308,12 +373,50 @@ def check_spread(method: TrainingMethod, checkpoints: Path, *, adds_terms: bool 
         )
     if adds_terms:
         raise ConstraintError(f"EWC and LwF need whole weights, which {by} spreads over processes: {ddp}")
-    left = next(iter(sorted(checkpoints.glob("checkpoint-*"))), None)
-    if left is not None:
+
+
+def _refuse_other_checkpoints(folder: Path) -> None:
+    """They are somebody's training: neither read wrongly nor taken for broken ones."""
+    now, processes = spread_by() or _WHOLE, place_among_ranks()[1]
+    advice = f"or move {folder} away to start anew"
+    found = _by_step(folder)
+    for checkpoint in found:
+        written = _spread_in(checkpoint)
+        if written not in (None, now):
+            raise ConstraintError(
+                f"{checkpoint}: written by training under {written}, and this is {now}; go on as it began, {advice}"
+            )
+    newest = next((checkpoint for checkpoint in reversed(found) if _is_whole(checkpoint, "DeepSpeed")), None)
+    shards = 0 if newest is None else len(list(newest.glob("global_step*/*optim_states.pt")))
+    if newest is not None and shards != processes:
         raise ConstraintError(
-            f"{left}: left by an interrupted run; training that {by} spreads over processes cannot continue from "
-            f"there. Move {checkpoints} away to start anew, or {ddp} and a run continues"
+            f"{newest}: written by DeepSpeed over {shards} processes, and these are {processes}; go on with as many as "
+            f"it began with, {advice}"
         )
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _spread_in(checkpoint: Path) -> str | None:
+    """How the parameters were spread over the processes that wrote a checkpoint; None where that does not show."""
+    if any(checkpoint.glob("global_step*")):
+        return "DeepSpeed"
+    if any(checkpoint.glob("pytorch_model_fsdp*")) or any(checkpoint.glob("optimizer.bin")):
+        return "FSDP2"
+    return _WHOLE if (checkpoint / "optimizer.pt").exists() else None
+
+
+def _is_whole(checkpoint: Path, spread: str) -> bool:
+    """Whether it was written to its end and not yet partly deleted."""
+    try:
+        # Trainer writes this file last.
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        there = all(any(checkpoint.glob(pattern)) for pattern in _CHECKPOINT_FILES[spread])
+        return there and bool(state["global_step"] == int(checkpoint.name.rpartition("-")[2]))
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _refuse_uneven_pictures(dataset: ConversationDataset, at_a_time: int, processes: int) -> None:
@@ -376,18 +479,17 @@ def _log_every(options: TrainingOptions) -> int:
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end and not yet partly deleted; broken ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    """The newest checkpoint that was written to its end and not yet partly deleted; broken ones are removed.
+
+    Raises:
+        ConstraintError: see `check_spread`; then none is removed.
+    """
+    _refuse_other_checkpoints(folder)
+    found = _by_step(folder)
     while found:
         newest = found.pop()
-        try:
-            # Trainer writes this file last.
-            state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-            whole = all(any(newest.glob(pattern)) for pattern in _CHECKPOINT_FILES)
-            if whole and state["global_step"] == int(newest.name.rpartition("-")[2]):
-                return str(newest)
-        except (OSError, ValueError, KeyError):
-            pass
+        if _is_whole(newest, spread_by() or _WHOLE):
+            return str(newest)
         shutil.rmtree(newest)
     return None
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, get_peft_model
 from torch import nn
 
 import kore_fast as kf
 from kore_fast.data.conversations import Encoded, collate, encode, encode_texts
 from kore_fast.errors import ConstraintError, KoreError
 from kore_fast.evaluation.batches import BatchSize
-from kore_fast.evaluation.held_out_leak import held_out_leak
+from kore_fast.evaluation.held_out_leak import LayerChange, held_out_leak
 from kore_fast.ops.factors import leak
 
 LAYER = "model.language_model.layers.1.mlp.down_proj"
@@ -65,6 +65,28 @@ def test_an_adapter_its_merged_weights_and_no_second_model_give_the_same(
     beside = held_out_leak(adapted, base, tiny_processor, sequences)
     merged = held_out_leak(adapted.merge_and_unload(), base, tiny_processor, sequences, batch_size=1)
     assert len(alone) == 14
+    _alike(alone, beside, merged)
+
+
+def test_osf_and_a_projector_trained_beside_count_as_their_merged_weights(
+    tiny_model: nn.Module, tiny_processor: Any, sequences: list[Encoded]
+) -> None:
+    base = copy.deepcopy(tiny_model)
+    whole = trained(copy.deepcopy(tiny_model), modules_to_save=["multi_modal_projector"])
+    osf = get_peft_model(tiny_model, OSFConfig(effective_rank=8, target_modules=r".*language_model.*_proj"))
+    with torch.no_grad():
+        for name, parameter in (*whole.named_parameters(), *osf.named_parameters()):
+            if "modules_to_save" in name or "osf_svd_params" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    for adapted, count in ((whole, 16), (osf, 14)):
+        alone = held_out_leak(adapted, None, tiny_processor, sequences)
+        beside = held_out_leak(adapted, base, tiny_processor, sequences)
+        merged = held_out_leak(adapted.merge_and_unload(), base, tiny_processor, sequences)
+        assert len(alone) == count
+        _alike(*(sorted(rows, key=lambda row: row.layer) for rows in (alone, beside, merged)))
+
+
+def _alike(alone: list[LayerChange], beside: list[LayerChange], merged: list[LayerChange]) -> None:
     for rows in zip(alone, beside, merged, strict=True):
         assert len({row.layer for row in rows}) == 1
         assert [row.leak for row in rows] == pytest.approx([rows[0].leak] * 3, rel=1e-3)

@@ -19,8 +19,9 @@ from kore_fast.files import read_json, read_jsonl
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.adapter_files import read_adapter
 from kore_fast.modules.combining import combine_adapters
+from kore_fast.modules.earlier import earlier_factors, whole_weight
 from kore_fast.modules.loading import load_model, load_processor
-from kore_fast.recipe.materials import earlier_questions
+from kore_fast.recipe.materials import base_model, earlier_adapter, earlier_questions
 from kore_fast.recipe.schema import load_recipe
 
 SECOND = """
@@ -134,6 +135,45 @@ def test_two_adapters_are_one_for_the_untouched_base(second: Path, finished: Pat
     assert {len(layer.lora_A["default"].weight) for layer in lora_layers(combined).values()} == {16}
 
 
+def test_a_third_run_begins_with_both(second: Path, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text((second / "recipe.yaml").read_text())
+    text = (second / "updated.yaml").read_text().replace(str(finished / "run"), str(second / "updated"), 1)
+    (tmp_path / "third.yaml").write_text(text)
+    assert earlier_adapter(load_recipe(second / "updated.yaml")).name == "adapter"
+    recipe = load_recipe(tmp_path / "third.yaml")
+    assert earlier_adapter(recipe) == second / "updated" / "train" / "kore" / "combined"
+    layers = dict(base_model(recipe).named_modules())
+    first, then = (read_adapter(run / "train" / "kore" / "adapter") for run in (finished / "run", second / "updated"))
+    for name, A in first.A.items():
+        factors = earlier_factors(layers[name])
+        assert factors is not None
+        wanted = first.B[name] @ A + then.B[name] @ then.A[name]
+        torch.testing.assert_close(factors[1] @ factors[0], wanted)
+
+
+def test_in_bfloat16_the_earlier_adapter_is_beside_the_weights(second: Path, finished: Path, tmp_path: Path) -> None:
+    """All of it, through every stage: not what bfloat16 weights would leave of it."""
+    recipe = load_recipe(second / "updated.yaml", {"model.dtype": "bfloat16", "training.precision": "bf16"})
+    model = base_model(recipe)
+    alone = load_model(recipe.model_path(), torch.bfloat16)
+    earlier = read_adapter(finished / "run" / "train" / "kore" / "adapter")
+    for name, A in earlier.A.items():
+        layer, W0 = model.get_submodule(name), alone.get_submodule(name).weight
+        assert torch.equal(layer.weight, W0)
+        torch.testing.assert_close(whole_weight(layer) - W0.float(), earlier.B[name] @ A, rtol=1e-5, atol=1e-6)
+    settings = ["--set=model.dtype=bfloat16", "--set=training.precision=bf16", "--set=training.steps=2"]
+    for stage in ("augment", "covariance", "init", "train"):
+        given = [stage, str(second / "updated.yaml"), "--run", str(tmp_path / "run"), *settings]
+        assert main([*given, *(["--method", "kore"] if stage == "train" else [])]) == 0
+    # What was trained on top is as far from the first run's model on the untouched base as it was here.
+    trained = tmp_path / "run" / "train" / "kore"
+    stacked = PeftModel.from_pretrained(base_model(recipe), str(trained / "adapter")).eval()
+    combined = PeftModel.from_pretrained(alone, str(trained / "combined")).eval()
+    ids = torch.arange(4, 84).reshape(4, 20)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(combined(input_ids=ids).logits, stacked(input_ids=ids).logits, rtol=0.1, atol=0.1)
+
+
 def test_scalings_and_ranks_of_both_go_into_one(finished: Path, tmp_path: Path) -> None:
     lora, kore = (finished / "run" / "train" / name / "adapter" for name in ("lora", "kore"))
     ranks = combine_adapters(lora, kore, tmp_path / "both")
@@ -157,7 +197,7 @@ def test_the_earlier_questions_are_asked_again(second: Path, finished: Path, tmp
         for form, prefix in (("by_name", "earlier"), ("by_picture", "earlier_by_picture")):
             right = [row["cem"] for row in asked if row["form"] == form]
             assert metrics[f"{prefix}_cem"]["value"] == pytest.approx(sum(right) / len(right))
-    # A merged adapter answers as the adapter beside its base.
+    # An adapter beside the weights answers as the adapter that PEFT puts on.
     asked = [row for _, row in read_jsonl(run / "evaluate" / "base" / "earlier.jsonl")]
     assert [row["prediction"] for row in asked] == [row["prediction"] for row in before]
 

@@ -32,6 +32,8 @@ from kore_fast.training.loop import (
     train,
     write_loss,
 )
+from kore_fast.training.methods import METHODS
+from kore_fast.training.methods.interface import StartOptions
 
 OPTIONS = TrainingOptions(learning_rate=1e-2, steps=8, batch_size=3, checkpoint_every=3)
 COLOURS = ["red", "green", "blue", "orange", "purple"]
@@ -328,6 +330,45 @@ def test_projector_has_its_own_learning_rate(tiny_model_folder: Path, dataset: C
     for name, rate in rates.items():
         assert rate == (2e-5 if "multi_modal_projector" in name else 1e-3), name
     assert set(rates.values()) == {2e-5, 1e-3}
+
+
+@pytest.mark.parametrize("projector", ["visual.merger", "model.connector"])
+def test_full_fine_tuning_trains_a_projector_of_any_name(projector: str) -> None:
+    """Qwen's has two parts, and another model's neither "projector" nor "merger" in it."""
+    from transformers import TrainingArguments
+
+    model = nn.Module()
+    for name in ("model.language.up", "model.language.connectors.down", f"{projector}.linear", "head"):
+        parent, _, last = name.rpartition(".")
+        inner: nn.Module = model
+        for part in filter(None, parent.split(".")):
+            if part not in inner._modules:
+                inner.add_module(part, nn.Module())
+            inner = inner.get_submodule(part)
+        inner.add_module(last, nn.Linear(2, 2, bias=False).requires_grad_(False))
+    layers = ["model.language.up", "model.language.connectors.down"]
+    opened = METHODS["full"].open(model, StartOptions(layers=layers, modules_to_save=[projector]), None)
+    trained = {name for name, p in opened.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.weight" for name in (*layers, f"{projector}.linear")}
+    arguments = TrainingArguments(output_dir="unused", learning_rate=1e-3, use_cpu=True, report_to="none")
+    trainer = _Trainer(model=opened, args=arguments)
+    trainer.options = replace(OPTIONS, projector_learning_rate=2e-5, trained_whole=[projector])
+    trainer.method = METHODS["full"]
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert rates == {name: 2e-5 if projector in name else 1e-3 for name in trained}
+
+
+def test_a_projector_s_learning_rate_for_nothing_is_refused(
+    tiny_model_folder: Path, dataset: ConversationDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ConstraintError, match="but nothing that is trained is within modules_to_save or"):
+        train(
+            lora_model(tiny_model_folder),
+            dataset,
+            replace(OPTIONS, projector_learning_rate=1e-2, trained_whole=["multi_modal_projector"]),
+            tmp_path,
+        )
 
 
 def test_projector_is_trained_and_resumed(

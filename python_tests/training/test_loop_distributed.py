@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from kore_fast.cli import main
 from kore_fast.data.conversations import ConversationDataset
 from kore_fast.data.samples import Sample
 from kore_fast.errors import ConstraintError
-from kore_fast.training.loop import check_spread, train
+from kore_fast.training.loop import check_spread, last_whole_checkpoint, train
 from kore_fast.training.methods import METHODS
 from python_tests.conftest import recipe_text
 from python_tests.constraint.stack import PYTHONPATH
@@ -46,6 +47,7 @@ METHODS_TRAINED: dict[str, dict[str, Any]] = {
     "full_lwf": {"kind": "full", "learning_rate": 1e-3, "lwf": {"weight": 5}},
     "replay": {"kind": "kore", "rank": 8, "learning_rate": 1e-2, "projector_learning_rate": 1e-3, "replay": 0.3},
 }
+HALF = ("model.dtype=bfloat16", "training.precision=bf16")
 SPREAD = ["full", "lora", "mica", "kore", "kore_projector"]
 
 
@@ -69,21 +71,25 @@ def run_of_its_own(trained: Path, run: Path) -> Path:
     return run
 
 
-def launch(trained: Path, run: Path, method: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    trained: Path, run: Path, method: str | None = None, settings: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     given = ["train", str(trained), "--run-dir", str(run), *([] if method is None else ["--method", method])]
+    given += [f"--set={setting}" for setting in settings]
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "DS_ACCELERATOR": "cpu", **environment}
     return subprocess.run(
         [*launcher, *given], env={**os.environ, **variables}, capture_output=True, text=True, timeout=500
     )
 
 
-def environment_of(name: str) -> dict[str, str]:
-    """What `accelerate launch` tells the processes of a configuration of ours, but for bfloat16."""
+def environment_of(name: str, precision: str = "no") -> dict[str, str]:
+    """What `accelerate launch` tells the processes of a configuration of ours, which has bf16 for ``precision``."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    given = ["--config_file", str(ACCELERATE / f"{name}.yaml"), "--mixed_precision", "no", "-m", "kore_fast"]
+    changed = [] if precision == "bf16" else ["--mixed_precision", precision]
+    given = ["--config_file", str(ACCELERATE / f"{name}.yaml"), *changed, "-m", "kore_fast"]
     checked, config, _ = _validate_launch_command(launch_command_parser().parse_args(given))
     checked.main_process_port = 0
     # `accelerate launch` notes these where it starts DeepSpeed.
@@ -149,19 +155,67 @@ def test_spread_parameters_are_trained_as_one_process_does(trained: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_under_ddp_ends_as_if_it_had_not_been(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method", "precision"),
+    [
+        ("ddp", "kore_projector", "no"),
+        ("fsdp2", "kore_projector", "bf16"),
+        ("fsdp2", "full", "no"),
+        ("zero3", "kore_projector", "bf16"),
+        ("zero3", "full", "no"),
+    ],
+)
+def test_killed_it_ends_as_if_it_had_not_been(
+    trained: Path, tmp_path: Path, kind: str, method: str, precision: str
+) -> None:
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
+    environment = {} if kind == "ddp" else environment_of(kind, precision)
+    settings = HALF if precision == "bf16" else ()
     whole, broken = (run_of_its_own(trained, tmp_path / name) for name in ("whole", "broken"))
-    assert launch(trained, whole, "kore_projector").returncode == 0
-    killed = launch(trained, broken, "kore_projector", KILL_AT="5", NOTES=str(tmp_path))
+    assert launch(trained, whole, method, settings, **environment).returncode == 0
+    killed = launch(trained, broken, method, settings, KILL_AT="5", NOTES=str(tmp_path), **environment)
     assert killed.returncode != 0
-    checkpoints = broken / "train" / "kore_projector" / "checkpoints"
+    checkpoints = broken / "train" / method / "checkpoints"
     assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    done = launch(trained, broken, "kore_projector")
+    if kind != "ddp":  # what cannot be continued so is kept
+        refused = launch(trained, broken, method, settings)
+        assert refused.returncode == 1
+        assert "go on as it began" in refused.stderr
+        assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    done = launch(trained, broken, method, settings, **environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    wanted, found = (root / "train" / "kore_projector" for root in (whole, broken))
+    wanted, found = (root / "train" / method for root in (whole, broken))
     assert files(found) == files(wanted)
     assert [name for name in files(wanted) if (wanted / name).read_bytes() != (found / name).read_bytes()] == []
-    assert json.loads((broken / "cost" / "train" / "kore_projector.json").read_text())["steps"] == 2
+    assert json.loads((broken / "cost" / "train" / f"{method}.json").read_text())["steps"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_the_shipped_configuration_trains_in_bfloat16(trained: Path, tmp_path: Path, kind: str) -> None:
+    """As it is, but for the device: A stays float32, and the first one; the losses are DDP's but for rounding."""
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
+    rows = {}
+    for name, environment in {"ddp": {}, kind: environment_of(kind, "bf16")}.items():
+        run = run_of_its_own(trained, tmp_path / name)
+        shutil.rmtree(run / "init")
+        shutil.rmtree(run / "covariance")
+        for stage in ("covariance", "init"):
+            chosen = [] if stage == "covariance" else ["--method", "kore"]
+            assert main([stage, str(trained), "--run", str(run), *chosen, *(f"--set={s}" for s in HALF)]) == 0
+        done = launch(trained, run, "kore", HALF, **environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        start, found = (weights(run / stage / "kore") for stage in ("init", "train"))
+        assert all(torch.equal(found[key], A) and A.dtype == torch.float32 for key, A in start.items() if "_A" in key)
+        B = [tensor for key, tensor in found.items() if "_B" in key]
+        assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in B)
+        # Of float32, not what bfloat16 would leave of it.
+        assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in B)
+        rows[name] = list(csv.DictReader((run / "train" / "kore" / "loss.csv").open()))
+    for one, two in zip(*rows.values(), strict=True):
+        assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=0.02)
 
 
 @pytest.mark.slow
@@ -204,13 +258,58 @@ def test_terms_that_need_whole_weights_are_refused(spread: str, tmp_path: Path) 
         check_spread(METHODS["lora"], tmp_path, adds_terms=True)
 
 
+def checkpoint_of(spread: str, folder: Path, step: int, processes: int = 1) -> Path:
+    """The files by which a whole checkpoint is known."""
+    made = folder / f"checkpoint-{step}"
+    files = {
+        "DDP": ["adapter_model.safetensors", "optimizer.pt"],
+        "FSDP2": ["pytorch_model_fsdp.bin", "optimizer.bin"],
+        "DeepSpeed": ["latest", *(f"global_step{step}/zero_{rank}_optim_states.pt" for rank in range(processes))],
+    }[spread]
+    for name in (*files, "scheduler.pt", "rng_state_0.pth"):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(b"")
+    (made / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return made
+
+
 @both
-def test_continuing_is_refused_and_the_checkpoint_kept(spread: str, tmp_path: Path) -> None:
-    left = tmp_path / "checkpoint-2"
-    left.mkdir()
-    with pytest.raises(ConstraintError, match=f"checkpoint-2: left by an interrupted run.*{spread}.*Move .* away"):
+def test_checkpoints_of_its_own_are_taken_and_another_s_refused_and_kept(
+    spread: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("DDP", "FSDP2", "DeepSpeed"):
+        folder = tmp_path / other
+        left = [checkpoint_of(other, folder, step) for step in (2, 4)]
+        (left[1] / "trainer_state.json").unlink()  # killed while it was written
+        if other == spread:
+            check_spread(METHODS["kore"], folder)
+            assert last_whole_checkpoint(folder) == str(left[0])
+            assert [path.exists() for path in left] == [True, False]
+            continue
+        for asked in (lambda f: check_spread(METHODS["kore"], f), last_whole_checkpoint):
+            with pytest.raises(
+                ConstraintError, match=rf"checkpoint-2: written .* {other}, and this is {spread}; go on"
+            ):
+                asked(folder)
+        assert all(path.exists() for path in left)
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ConstraintError, match=rf"checkpoint-2: written .* {spread}, and this is one process or DDP"):
+        check_spread(METHODS["kore"], tmp_path / spread)
+    with pytest.raises(ConstraintError, match="this is one process or DDP"):
+        last_whole_checkpoint(tmp_path / spread)
+    assert (tmp_path / spread / "checkpoint-2").exists()
+
+
+def test_deepspeed_s_shards_want_as_many_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    left = checkpoint_of("DeepSpeed", tmp_path, 2, processes=3)
+    with pytest.raises(ConstraintError, match="over 3 processes, and these are 1; go on with as many"):
         check_spread(METHODS["kore"], tmp_path)
     assert left.exists()
+    # One that is being removed says nothing where a newer one is whole.
+    checkpoint_of("DeepSpeed", tmp_path, 4)
+    check_spread(METHODS["kore"], tmp_path)
 
 
 def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def allow_fsdp_on_cpus() -> None:
             self.fsdp_plugin = fsdp_plugin
         if hasattr(self, "fsdp_plugin"):
             self.distributed_type = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     state.AcceleratorState.__init__ = allowing
 

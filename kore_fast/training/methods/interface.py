@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -135,10 +135,10 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def load(self, folder: Path, load_base: Callable[[str | Path | None], nn.Module]) -> nn.Module:
-        """What `save` wrote as one plain model for evaluation.
+        """What `save` wrote as a model for evaluation: an adapter on its base, unmerged.
 
         Args:
-            load_base: loads a model from a folder, the base for None.
+            load_base: loads a model from a folder, the base (used up) for None.
         """
 
     def added_parameters(self, folder: Path) -> int:
@@ -166,8 +166,7 @@ class AdapterMethod(TrainingMethod):
         remove_model_card(folder)
 
     def load(self, folder: Path, load_base: Callable[[str | Path | None], nn.Module]) -> nn.Module:
-        adapted: Any = open_adapter(load_base(None), folder)
-        return adapted.merge_and_unload()
+        return open_adapter(load_base(None), folder).eval()
 
     def added_parameters(self, folder: Path) -> int:
         return sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values())
@@ -178,6 +177,17 @@ def open_adapter(base: nn.Module, folder: Path, *, is_trainable: bool = False) -
     if is_kore_adapter(folder):
         return load_kore_model(base, folder, is_trainable=is_trainable)
     return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+
+
+def on_device_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with their tensors where the model's parameters are."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def is_within(parameter: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter's name is that of one within a module of the given names, or of these as ends of names."""
+    return any(f".{module}." in f".{parameter}" for module in modules)
 
 
 def remove_model_card(folder: Path) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from kore_fast.errors import ConstraintError
 from kore_fast.files import atomic_path, write_json
 from kore_fast.modules.adapter import WEIGHTS, lora_layers, saved_key
-from kore_fast.training.methods.interface import StartOptions, WeightChange, remove_model_card
+from kore_fast.training.methods.interface import StartOptions, WeightChange, on_device_of, remove_model_card
 from kore_fast.training.methods.low_rank import LowRankMethod, attach, freeze_factor, product, save_as_plain
 
 START = "start.json"
@@ -206,7 +206,7 @@ def released_covariances(
     largest magnitude), XᵀX is rounded, divided by 256 whatever the number of samples, and added up in float16.
 
     Args:
-        samples: keyword arguments of the model, one sample each, without padding.
+        samples: keyword arguments of the model, one sample each, without padding, wherever they lie.
 
     Raises:
         ConstraintError: a sum overflows, or an input's largest entry is 0; names the layer.
@@ -230,7 +230,7 @@ def released_covariances(
         handles.append(model.get_submodule(name).register_forward_pre_hook(partial(hook, input_of(name))))
     try:
         for sample in samples:
-            model(**sample)
+            model(**on_device_of(model, sample))
     finally:
         for handle in handles:
             handle.remove()

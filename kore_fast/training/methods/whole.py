@@ -11,7 +11,14 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from kore_fast.training.methods.interface import AdapterMethod, StartOptions, TrainingMethod, WeightChange
+from kore_fast.modules.earlier import put_into
+from kore_fast.training.methods.interface import (
+    AdapterMethod,
+    StartOptions,
+    TrainingMethod,
+    WeightChange,
+    is_within,
+)
 
 
 class Full(TrainingMethod):
@@ -24,17 +31,20 @@ class Full(TrainingMethod):
     takes = frozenset({"projector_learning_rate", "weight_decay"})
 
     def open(self, base: nn.Module, options: StartOptions, start: Path | None) -> nn.Module:
+        # What it saves is a whole model.
+        put_into(base, torch.float32)
         for name in options.layers:
             base.get_submodule(name).requires_grad_(True)
         for name, parameter in base.named_parameters():
-            if any(whole in name.split(".") for whole in options.modules_to_save or ()):
+            if is_within(name, options.modules_to_save or ()):
                 parameter.requires_grad_(True)
         return base
 
     def restore(self, model: nn.Module, checkpoint: Path) -> None:
         # A saved model's keys are not always its state's: Trainer would find none of LLaVA's and go on without.
         kind: Any = type(model)
-        saved = kind.from_pretrained(str(checkpoint), dtype=next(model.parameters()).dtype)
+        # What is trained is stored in float32 whatever the base's dtype; each tensor goes back into its own.
+        saved = kind.from_pretrained(str(checkpoint), dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
 
     def weight_changes(self, model: nn.Module) -> dict[str, WeightChange]:
@@ -42,7 +52,7 @@ class Full(TrainingMethod):
         return {
             name: partial(_difference, module.weight, module.weight.detach().clone())
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module.weight.requires_grad and not _is_projector(name)
+            if isinstance(module, nn.Linear) and module.weight.requires_grad
         }
 
     def save(self, model: nn.Module, folder: Path, start: Path | None) -> None:
@@ -50,10 +60,6 @@ class Full(TrainingMethod):
 
     def load(self, folder: Path, load_base: Callable[[str | Path | None], nn.Module]) -> nn.Module:
         return load_base(folder)
-
-
-def _is_projector(name: str) -> bool:
-    return "projector" in name
 
 
 def _difference(weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
@@ -80,6 +86,15 @@ class Osf(AdapterMethod):
                 target_modules=options.target_modules,
             ),
         )
+
+    def load(self, folder: Path, load_base: Callable[[str | Path | None], nn.Module]) -> nn.Module:
+        model = super().load(folder, load_base)
+        # PEFT has its factors in the base's dtype, where they differ from their start by rounding alone.
+        for name, parameter in model.named_parameters():
+            if ".osf_svd_params." in name:
+                parameter.data = parameter.data.float()
+        self.restore(model, folder)
+        return model
 
     def weight_changes(self, model: nn.Module) -> dict[str, WeightChange]:
         from peft.tuners.osf import OSFLayer

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kore_fast.data.conversations import IGNORE
 from kore_fast.files import atomic_path
-from kore_fast.training.methods.interface import WeightChange
+from kore_fast.training.methods.interface import WeightChange, on_device_of
 from kore_fast.training.retention.terms import Batch
 
 
@@ -57,7 +57,7 @@ def diagonal_fisher(
 
     Args:
         model: in evaluation mode; which of its parameters require gradients is as before when this returns.
-        samples: keyword arguments of the model with ``labels``, one sample each.
+        samples: keyword arguments of the model with ``labels``, one sample each, wherever they lie.
     """
     weights: list[Any] = [model.get_submodule(name).weight for name in layers]
     before = [weight.requires_grad for weight in weights]
@@ -67,7 +67,7 @@ def diagonal_fisher(
         weight.requires_grad_(True)
     try:
         for sample in samples:
-            inputs = dict(sample)
+            inputs = on_device_of(model, sample)
             labels = inputs.pop("labels")[:, 1:]
             logits = model(**inputs).logits[:, :-1]
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -21,11 +22,14 @@ from kore_fast.constraint import CovarianceStore, select_linears
 from kore_fast.errors import ConstraintError
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.loading import load_model
+from kore_fast.recipe import work
 from kore_fast.recipe.methods import start_options
 from kore_fast.recipe.schema import Method, Recipe, load_recipe
-from kore_fast.training.loop import TrainingOptions, train
+from kore_fast.training.loop import TrainingOptions, move_named_state, train
 from kore_fast.training.methods import METHODS
+from kore_fast.training.methods.low_rank import product
 from kore_fast.training.methods.residual import released_covariances
+from kore_fast.training.retention.ewc import diagonal_fisher
 from python_tests.conftest import recipe_text
 from python_tests.training.test_loop import Killed, killed_at, samples
 
@@ -197,6 +201,37 @@ def test_what_is_saved_is_the_trained_model_elsewhere(recipe: Recipe, name: str,
     assert torch.equal(logits(model), wanted)
 
 
+@each()
+def test_what_is_measured_is_base_and_adapter_unmerged(recipe: Recipe, name: str) -> None:
+    """In bfloat16 the base's weights stay the base's, and the change is the float32 one of the file: merged, a small
+    one would be lost in the weights' rounding."""
+    half = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+    method, folder = recipe.methods[name], run_of(recipe) / "train" / name
+    model, base = work._trained(half, folder, method)
+    untouched = dict(load_model(recipe.model_path(), torch.bfloat16).named_parameters())
+    if name == "full":
+        assert base is not None
+        assert {p.dtype for p in (*model.parameters(), *base.parameters())} == {torch.bfloat16}
+        return
+    assert base is None
+    assert isinstance(model, PeftModel)
+    wrapped = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    assert all(torch.equal(wrapped[n], p) for n, p in untouched.items())
+    tensors = load_file(adapter(recipe, name))
+    layers: Any = lora_layers(model)
+    changes = {n: partial(product, layer) for n, layer in layers.items()} or method.way.weight_changes(model)
+    for layer, change in changes.items():
+        if name == "osf":
+            U, S, V = (tensors[f"base_model.model.{layer}.osf_svd_params.{part}_low"] for part in "USV")
+            module: Any = model.get_submodule(f"base_model.model.{layer}")
+            start = [getattr(module, f"_osf_{part}_low_init")["default"] for part in "USV"]
+            wanted = (U * S) @ V - (start[0] * start[1]) @ start[2]
+        else:
+            A, B = (tensors[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+            wanted = float(layers[layer].scaling["default"]) * (B @ A)
+        torch.testing.assert_close(change().detach(), wanted, rtol=1e-5, atol=1e-7)
+
+
 @each("full", "osf")
 def test_the_rank_that_is_saved(recipe: Recipe, name: str) -> None:
     ranks = {v.shape[0] for k, v in load_file(adapter(recipe, name)).items() if "lora_A" in k}
@@ -218,16 +253,16 @@ def test_what_is_frozen_stays(recipe: Recipe, name: str, tmp_path: Path) -> None
 
 def test_osf_leaves_the_largest_direction(recipe: Recipe) -> None:
     """PEFT projects gradients, and Adam's steps leave that projection a little: not zero, but far below the change."""
-    trained = METHODS["osf"].load(
-        run_of(recipe) / "train" / "osf" / "adapter", lambda _: load_model(recipe.model_path())
-    )
+    way = METHODS["osf"]
+    trained = way.load(run_of(recipe) / "train" / "osf" / "adapter", lambda _: load_model(recipe.model_path()))
     base = load_model(recipe.model_path())
     changes = []
-    for name in select_linears(base):
-        W0, W = base.get_submodule(name).weight.detach(), trained.get_submodule(name).weight.detach()
+    for name, change in way.weight_changes(trained).items():
+        W0, delta = base.get_submodule(name).weight.detach(), change().detach()
         U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
-        assert float((U[:, 0] @ (W - W0) @ Vh[0]).abs()) < 1e-3 * float(S[0])
-        changes.append(float((W - W0).norm() / W0.norm()))
+        assert float((U[:, 0] @ delta @ Vh[0]).abs()) < 1e-3 * float(S[0])
+        changes.append(float(delta.norm() / W0.norm()))
+    assert len(changes) == len(select_linears(base))
     assert min(changes) > 1e-3
 
 
@@ -246,6 +281,27 @@ def test_interrupted_and_resumed_is_uninterrupted(recipe: Recipe, name: str, tmp
     assert saved(trained_again(recipe, name, tmp_path / "broken"), tmp_path / "b") == whole
 
 
+def test_full_fine_tuning_of_a_bfloat16_model_resumes_to_the_bit(recipe: Recipe, tmp_path: Path) -> None:
+    """What is trained is float32: a step is smaller than bfloat16's spacing."""
+
+    def trained_in_half(folder: Path, **given: Any) -> dict[str, torch.Tensor]:
+        base = load_model(recipe.model_path(), torch.bfloat16)
+        model = METHODS["full"].open(base, start_options(recipe, recipe.methods["full"], base), None)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        options = TrainingOptions(learning_rate=1e-4, steps=4, batch_size=3, checkpoint_every=2, bf16=True)
+        train(model, dataset(recipe), options, folder, method=METHODS["full"], **given)
+        return model.state_dict()
+
+    whole = trained_in_half(tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained_in_half(tmp_path / "broken", progress=killed_at(3))
+    found = trained_in_half(tmp_path / "broken")
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32, torch.bfloat16}
+    assert all(found[name].dtype == whole[name].dtype and torch.equal(found[name], whole[name]) for name in whole)
+
+
 def test_lora_fa_is_not_adamw_on_b(recipe: Recipe, tmp_path: Path) -> None:
     from peft.optimizers.lorafa import LoraFAOptimizer
 
@@ -253,7 +309,7 @@ def test_lora_fa_is_not_adamw_on_b(recipe: Recipe, tmp_path: Path) -> None:
     model = opened(recipe, "lora_fa")
     assert isinstance(way.optimizer(model, TrainingOptions(1e-3, 1)), LoraFAOptimizer)
     data = dataset(recipe)
-    options = TrainingOptions(learning_rate=1e-2, steps=2, batch_size=3, projector_learning_rate=1e-3)
+    options = TrainingOptions(learning_rate=1e-2, steps=2, batch_size=3)
     train(model, data, options, tmp_path / "own", method=way)
     other = opened(recipe, "lora_fa")
     train(other, data, options, tmp_path / "adamw", method=METHODS["lora"])
@@ -270,13 +326,20 @@ def test_the_projector_is_trained_and_saved_beside_it(recipe: Recipe, name: str,
     if start is not None:
         way.make_start(load_model(recipe.model_path()), options, start)
     model = way.open(load_model(recipe.model_path()), options, start)
-    chosen = TrainingOptions(learning_rate=1e-2, steps=4, batch_size=3, projector_learning_rate=1e-2)
+    beside = recipe.trained_whole(method) or ()
+    chosen = TrainingOptions(
+        learning_rate=1e-2, steps=4, batch_size=3, projector_learning_rate=1e-2, trained_whole=beside
+    )
     train(model, dataset(recipe), chosen, tmp_path / "checkpoints", method=way)
     way.save(model, tmp_path / way.saves, start)
     loaded = way.load(tmp_path / way.saves, lambda folder: load_model(folder or recipe.model_path()))
     base = load_model(recipe.model_path())
     for part in ("linear_1", "linear_2"):
-        before, after = (dict(m.named_parameters()) for m in (base, loaded))
+        before = dict(base.named_parameters())
+        after = {
+            n.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): p
+            for n, p in loaded.named_parameters()
+        }
         names = [n for n in before if "multi_modal_projector" in n and part in n and n.endswith("weight")]
         assert names
         assert all(not torch.equal(before[n], after[n]) for n in names)
@@ -363,6 +426,61 @@ def test_lora_null_s_own_covariances() -> None:
     assert not torch.allclose(found.double(), exact, rtol=1e-6)
     with pytest.raises(ConstraintError, match=r"inner\.0: LoRA-Null's float16 sum .* null_covariance: store"):
         released_covariances(Takes(), [{"x": torch.full((1, 3, 6), -1e5)}], ["inner.0"])
+
+
+class Elsewhere(nn.Module):
+    """A model on another device than its samples, which looks where they come to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2, bias=False, device="meta")
+
+    def forward(self, **inputs: torch.Tensor) -> None:
+        raise Arrived({name: value.device.type for name, value in inputs.items()})
+
+
+class Arrived(Exception):
+    pass
+
+
+def test_samples_go_to_the_model_s_device() -> None:
+    sample = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "labels": torch.ones(1, 4, dtype=torch.int64)}
+    with pytest.raises(Arrived) as found:
+        released_covariances(Elsewhere(), [sample], ["inner"])
+    assert found.value.args[0] == {"input_ids": "meta", "labels": "meta"}
+    with pytest.raises(Arrived) as found:
+        diagonal_fisher(Elsewhere(), ["inner"], [sample])
+    assert found.value.args[0] == {"input_ids": "meta"}
+    assert sample["labels"].device.type == "cpu"
+
+
+def test_moments_that_are_kept_by_name_go_to_the_device(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch moves what an optimiser keeps for parameters, and leaves LoRA-FA's moments where Trainer loaded them: on
+    the CPU. Here another device than the CPU is the one that nothing can be computed on."""
+    from torch.optim import Optimizer
+
+    with pytest.raises(Killed):
+        trained_again(recipe, "lora_fa", tmp_path, progress=killed_at(5))
+    moved: dict[str, torch.Tensor] = {}
+
+    class Loaded(Exception):
+        pass
+
+    def on_meta(optimizer: Optimizer, device: torch.device) -> None:
+        assert device.type == "cpu"
+        move_named_state(optimizer, torch.device("meta"))
+        for key, state in optimizer.state.items():
+            assert isinstance(key, str)
+            moved.update({f"{key} {name}": v for name, v in state.items() if isinstance(v, torch.Tensor)})
+        raise Loaded
+
+    monkeypatch.setattr("kore_fast.training.loop.move_named_state", on_meta)
+    with pytest.raises(Loaded):
+        trained_again(recipe, "lora_fa", tmp_path)
+    assert len(moved) == 2 * len(lora_layers(opened(recipe, "lora_fa")))
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}
 
 
 def test_a_method_that_this_peft_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from kore_fast.data.conversations import ConversationDataset, encode_texts, trai
 from kore_fast.errors import DataError, RecipeError
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.loading import load_model
-from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe import methods as recipe_methods
+from kore_fast.recipe.schema import Method, load_recipe
 from kore_fast.training.loop import TrainingOptions, train
 from kore_fast.training.methods import METHODS
 from kore_fast.training.retention.ewc import Ewc, diagonal_fisher, load_fisher, save_fisher
@@ -194,6 +195,36 @@ def test_a_huge_strength_keeps_the_start(
         moved[strength] = sum(float(change().square().sum()) for change in changes.values()) ** 0.5
     # Adam's steps are as long however large the gradient is: it turns back at each.
     assert 0 < moved[1e8] < 0.5 * moved[0.0]
+
+
+def test_one_process_takes_the_fisher_on_its_gpu(
+    finished: Path, tiny_model: nn.Module, tiny_processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two finds the file that the first wrote meanwhile."""
+    recipe = load_recipe(finished)
+    method = Method(kind="lora", rank=2, learning_rate=1e-3, ewc={"strength": 1.0, "samples": 2})
+    old = encode_texts(tiny_processor, ["A river is long.", "Hills are green."], 8)
+    moved: list[nn.Module] = []
+
+    def on_accelerator(model: nn.Module) -> nn.Module:
+        moved.append(model)
+        return model
+
+    monkeypatch.setattr(recipe_methods, "on_accelerator", on_accelerator)
+    first = recipe_methods.fisher(recipe, method, tiny_model, tiny_processor, old, tmp_path / "first")
+    assert moved == [tiny_model]
+    assert first
+
+    class Second:
+        world, rank = 2, 1
+
+        def by_first(self, work: Callable[[], Any]) -> None:
+            shutil.copytree(tmp_path / "first", tmp_path / "second")
+
+    monkeypatch.setattr("kore_fast.constraint.distributed.Ranks", Second)
+    second = recipe_methods.fisher(recipe, method, tiny_model, tiny_processor, old, tmp_path / "second")
+    assert moved == [tiny_model]
+    assert same(second, first)
 
 
 def test_fisher_file(tmp_path: Path) -> None:
