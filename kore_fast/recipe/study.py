@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 BASE = "base"
 """The untouched model's name among the methods."""
-ADAPTATION = "adaptation_cem"
 
 
 @dataclass(frozen=True)
@@ -119,21 +118,37 @@ def jobs_of(recipe: Recipe) -> list[Job]:
 def choose(scores: Mapping[Job, Mapping[str, Any]], match: str | None) -> dict[str, float]:
     """Each method's learning rate: the one whose adaptation is nearest to the best of ``match`` (of all without one).
 
-    Only jobs of a method's first seed decide, so that further seeds change no choice.
+    Adaptation is the new facts' CEM or, where there are no questions of facts, EVOKE's K.A. Only jobs of a method's
+    first seed decide, so that further seeds change no choice. A method with one rate has it, whatever was measured.
+
+    Raises:
+        RecipeError: a method has several rates, and neither was measured for one of them.
     """
-    first: dict[str, int] = {}
+    from kore_fast.report.words import ADAPTATIONS
+
+    seeds: dict[str, int] = {}
     for job in scores:
-        first.setdefault(job.method, job.seed)
-    adaptation = {
-        job: float(found["metrics"][ADAPTATION]["value"])
-        for job, found in scores.items()
-        if job.seed == first[job.method] and ADAPTATION in found["metrics"]
-    }
-    if not adaptation:
-        return {}
-    target = max((value for job, value in adaptation.items() if job.method == match), default=max(adaptation.values()))
-    chosen: dict[str, float] = {}
-    for job in sorted(adaptation, key=lambda job: (abs(adaptation[job] - target), job.learning_rate)):
+        seeds.setdefault(job.method, job.seed)
+    first = {job: found["metrics"] for job, found in scores.items() if job.seed == seeds[job.method]}
+    learned: dict[Job, float] = {}
+    for words in ADAPTATIONS:
+        values = {job: (metrics.get(words.name) or {}).get("value") for job, metrics in first.items()}
+        learned = learned or {job: float(value) for job, value in values.items() if value is not None}
+    rates: dict[str, list[float]] = {}
+    for job in first:
+        rates.setdefault(job.method, []).append(job.learning_rate)
+    unknown = [job.name for job in first if job not in learned and len(rates[job.method]) > 1]
+    if unknown:
+        measures = " nor ".join(words.label for words in ADAPTATIONS)
+        raise RecipeError(
+            f"learning rates are matched on what was learned, and neither {measures} was measured for "
+            f"{', '.join(unknown)}: give items with facts or evaluation.evoke, or each method one learning rate"
+        )
+    chosen = {method: of_method[0] for method, of_method in rates.items() if len(of_method) == 1}
+    target = max(
+        (value for job, value in learned.items() if job.method == match), default=max(learned.values(), default=0.0)
+    )
+    for job in sorted(learned, key=lambda job: (abs(learned[job] - target), job.learning_rate)):
         chosen.setdefault(job.method, job.learning_rate)
     return chosen
 

@@ -105,6 +105,26 @@ def test_rates_are_matched_on_what_was_learned() -> None:
     assert choose({}, "lora") == {}
 
 
+def test_rates_are_matched_on_evoke_where_the_items_give_no_questions() -> None:
+    """EVOKE's items have no facts of their own: the recipes of the paper's models measure K.A only."""
+
+    def found(ka: float | None) -> dict[str, Any]:
+        return {"metrics": {"adaptation_cem": {"value": None}, "evoke_ka": {"value": ka}, "capitals": {"value": 0.5}}}
+
+    scores = {
+        Job("lora", 1e-4, 0, "a"): found(0.3),
+        Job("lora", 2e-4, 0, "b"): found(0.4),
+        Job("kore", 2e-4, 0, "c"): found(0.41),
+        Job("kore", 4e-4, 0, "d"): found(0.5),
+        Job("full", 2e-5, 0, "e"): found(None),  # nothing to choose from
+    }
+    assert choose(scores, "lora") == {"lora": 2e-4, "kore": 2e-4, "full": 2e-5}
+    assert choose(scores, None) == {"lora": 2e-4, "kore": 4e-4, "full": 2e-5}
+    scores[Job("full", 4e-5, 0, "f")] = found(None)
+    with pytest.raises(RecipeError, match="neither new facts asked by name, CEM nor EVOKE"):
+        choose(scores, "lora")
+
+
 def test_no_job_outlives_a_study_that_is_told_to_end(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
