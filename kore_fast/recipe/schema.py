@@ -322,6 +322,11 @@ class TrainingSection(Section):
         return math.ceil(samples * self.epochs / self.samples_a_step)
 
 
+MEMORY_ONLY = {"per_device", "gradient_checkpointing", "checkpoint_every"}
+"""Options of `TrainingSection` that change what a training takes and not what comes of it, to rounding: one that was
+left half-finished for want of memory goes on with another of these."""
+
+
 class SamplesSection(Section):
     """Training samples that are there already, such as KORE-74K, instead of what an augmentation would write."""
 

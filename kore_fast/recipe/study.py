@@ -9,8 +9,6 @@ runs the other seeds at that rate only, and compares.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kore_fast.errors import RecipeError
-from kore_fast.files import read_json, sha256_file, write_json
+from kore_fast.files import read_json, write_json
 from kore_fast.recipe.locks import alone_in
 
 if TYPE_CHECKING:
@@ -266,6 +264,8 @@ class _Runner:
     deadline: float
     say: Callable[[str], None]
     failed: list[str] = field(default_factory=list)
+    files: Mapping[str, str] | None = None
+    """What the recipe's files held when they were first looked at, or when the first stages had made what they make."""
 
     @property
     def results(self) -> Path:
@@ -290,6 +290,7 @@ class _Runner:
         for stage in stages:
             self._run(*stage)
         self._keep(self.run / "evaluate" / BASE / "scores.json", self.base, {"method": BASE})
+        self.files = None
 
     def jobs(self, jobs: Iterable[Job]) -> bool:
         """Train and evaluate; False when the time ran out before all were done."""
@@ -372,11 +373,14 @@ class _Runner:
 
     def scores(self, job: Job) -> dict[str, Any] | None:
         """A finished job's scores, if they were made from what the study says now."""
+        from kore_fast.recipe.kept import still_fits
+
         path = self._kept(job)
         if not path.exists():
             return None
         kept = read_json(path)
-        return kept["scores"] if kept["made_from"] == self._made_from(job) else None
+        made_from = self._made_from(job)
+        return kept["scores"] if still_fits(kept["made_from"], made_from["options"], made_from["files"]) else None
 
     def done(self, jobs: Iterable[Job]) -> dict[Job, dict[str, Any]]:
         """The scores of every job that is done."""
@@ -385,26 +389,18 @@ class _Runner:
     def _kept(self, job: Job) -> Path:
         return self.results / "runs" / f"{job.name}.json"
 
-    def _keep(self, source: Path, target: Path, change: dict[str, Any], made_from: str = "") -> dict[str, Any]:
+    def _keep(self, source: Path, target: Path, change: dict[str, Any], made_from: Any = None) -> dict[str, Any]:
         scores: dict[str, Any] = {**read_json(source), **change}
         write_json(target, {"made_from": made_from, "scores": scores} if made_from else scores)
         return scores
 
-    def _made_from(self, job: Job) -> str:
-        """Hex SHA-256 of what decides a job's scores: the recipe but for its other methods, and the files it names."""
-        recipe, study = self.recipe, self.recipe.study
-        aside: Any = dict.fromkeys(("methods", "study", "name", "title", "note", "where", "base_folder"), True)
-        aside["model"] = {"config"}
-        # What is at its default is left out, so that an option that a later version knows makes nothing stale.
-        told = recipe.model_dump(mode="json", exclude=aside, exclude_defaults=True)
-        method = recipe.methods[job.name].model_dump(mode="json", exclude_defaults=True)
-        digest = hashlib.sha256(json.dumps([told, method], sort_keys=True, default=str).encode())
-        items = recipe.resolve(recipe.items)
-        files = [items, items.parent / "wordings.yaml", *map(recipe.resolve, study.depends_on if study else ())]
-        for path in files:
-            if path.exists():
-                digest.update(sha256_file(path).encode())
-        return digest.hexdigest()
+    def _made_from(self, job: Job) -> dict[str, Any]:
+        """What decides a job's scores; see `recipe.kept`."""
+        from kore_fast.recipe.kept import file_digests, options_digest
+
+        if self.files is None:
+            self.files = file_digests(self.recipe)
+        return {"options": options_digest(self.recipe, self.recipe.methods[job.name]), "files": self.files}
 
     def _command(self, stage: str, *extra: str) -> list[str]:
         changes = [part for change in self.overrides for part in ("--set", change)]
