@@ -19,7 +19,7 @@ from kore_fast.constraint.ranks import FixedRank, parse_rank_choice
 from kore_fast.constraint.selection import select_linears
 from kore_fast.errors import ConstraintError, KoreError
 from kore_fast.files import iterate_json
-from kore_fast.recipe.checks import check_projector, check_ranks, missing_data, model_without_weights
+from kore_fast.recipe.checks import check_after, check_projector, check_ranks, missing_data, model_without_weights
 from kore_fast.recipe.schema import Method, Recipe
 
 _GIB = 2**30
@@ -86,6 +86,10 @@ def dry_run(recipe: Recipe, gpus: tuple[int, ...] = (1, 8, 16)) -> DryRun:
             check(recipe, model)
         except KoreError as error:
             found.problems.append(str(error))
+    try:
+        check_after(recipe)
+    except KoreError as error:
+        found.problems.append(str(error))
     samples, tokens, source = _data(recipe, shape, found)
     found.sections.append(("Model", list(_model_rows(recipe, model, shape))))
     found.sections.append(("Trained", list(_trained_rows(recipe, model, shape, samples, source, found))))

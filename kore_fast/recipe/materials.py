@@ -74,9 +74,11 @@ def base_model(recipe: Recipe, *, accelerated: bool = True) -> nn.Module:
 
 
 def earlier_adapter(recipe: Recipe) -> Path:
-    """The adapter that an earlier run has trained, which this one starts with."""
+    """The adapter that an earlier run has trained, which this one starts with; with what that run itself went on
+    from."""
     assert recipe.after is not None
-    return recipe.resolve(recipe.after.run) / "train" / recipe.after.method / "adapter"
+    trained = recipe.resolve(recipe.after.run) / "train" / recipe.after.method
+    return trained / "combined" if (trained / "combined").exists() else trained / "adapter"
 
 
 def earlier_covariance(recipe: Recipe) -> Path:
