@@ -180,17 +180,18 @@ def check_ranks(recipe: Recipe, model: nn.Module) -> None:
     from kore_fast.constraint import select_linears
     from kore_fast.constraint.ranks import parse_rank_choice
 
-    layers = {name: model.get_submodule(name) for name in select_linears(model, recipe.targets_of(model))}
-    shapes = {name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()}  # type: ignore[arg-type]
-    narrowest = min(shapes, key=lambda name: min(shapes[name]))
     for name, method in recipe.methods.items():
+        layers = {one: model.get_submodule(one) for one in select_linears(model, recipe.targets_of(model, method))}
+        shapes = {one: (int(layer.out_features), int(layer.in_features)) for one, layer in layers.items()}  # type: ignore[arg-type]
+        narrowest = min(shapes, key=lambda one: min(shapes[one]))
+        width = min(shapes[narrowest])
         lowest = None if method.rank is None else parse_rank_choice(method.rank).lowest
-        if lowest is not None and lowest > min(shapes[narrowest]):
+        if lowest is not None and lowest > width:
             raise ConstraintError(
                 f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "
-                f"{shapes[narrowest]}; choose at most {min(shapes[narrowest])}"
+                f"{shapes[narrowest]}; choose at most {width}"
             )
-        if isinstance(method.effective_rank, int) and method.effective_rank >= min(shapes[narrowest]):
+        if isinstance(method.effective_rank, int) and method.effective_rank >= width:
             raise ConstraintError(
                 f"method {name!r}: effective_rank {method.effective_rank} keeps every direction of {narrowest} "
                 f"{shapes[narrowest]} as it is, nothing would be trained; choose fewer, or a share below 1"
