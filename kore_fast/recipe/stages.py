@@ -103,7 +103,7 @@ def _method_stages(
     recipe: Recipe, run: Path, name: str, method: Method, models: list[Path], covariances: list[Path]
 ) -> Iterator[Stage]:
     init = run / "init" / recipe.start_of(name)
-    steps = method.steps or recipe.training.steps or 0
+    steps = method.steps or recipe.training.steps
     shared = {"seed": recipe.seed_of(method), **_base(recipe)}
     starts = method.way.starts != "nothing"
     old = [p for p in (recipe.old_knowledge.texts, recipe.old_knowledge.pictures) if p is not None]
@@ -137,7 +137,8 @@ def _method_stages(
         ],
         work=lambda folder, progress: work.train(recipe, run, name, method, folder, progress),
         produces=("loss.csv", method.way.saves),
-        seconds=0.55 * steps * recipe.training.samples_a_step,
+        # Epochs are of samples that are not counted here.
+        seconds=None if steps is None else 0.55 * steps * recipe.training.samples_a_step,
     )
 
 

@@ -228,6 +228,14 @@ def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
+def _visible_devices() -> list[str]:
+    """The GPUs of this process, each by the name that a process of a job is given it by."""
+    count = torch.cuda.device_count()
+    # Where the user chose some, their numbers count: CUDA numbers those that it shows from 0 again.
+    chosen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return chosen[:count] if chosen else [str(number) for number in range(count)]
+
+
 @contextmanager
 def _leaving_on_sigterm() -> Iterator[None]:
     """SIGTERM leaves the block as Ctrl-C does: no job outlives its study and meets the next one in its folder."""
@@ -350,8 +358,8 @@ class _Runner:
         script = f'for stage in {stages}; do "$0" -m kore_fast $stage "$@"; done'
         method = self.recipe.start_of(job.name) if first == "init" else job.name
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.width))}
-        if devices := torch.cuda.device_count():
-            environment["CUDA_VISIBLE_DEVICES"] = str(place % devices)
+        if devices := _visible_devices():
+            environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
         _, _, _, *arguments = self._command("", "--method", method)
         return _bound_to_us(script, sys.executable, *arguments, stdout=log, stderr=log, env=environment)
 

@@ -358,3 +358,12 @@ def test_prepare_finds_what_is_wrong_before_any_work(recipe_file: Path, tmp_path
         load("old_knowledge.pictures", str(tmp_path / "pictures.jsonl"))
     with pytest.raises(DataError, match=r"line 1: no \"choices\""):
         load("old_knowledge.held_out_pictures", str(knowledge_folder / "pictures.jsonl"))
+
+
+def test_the_time_left_is_not_known_where_steps_follow_from_samples(finished: Path, tmp_path: Path) -> None:
+    def seconds(**settings: str) -> float | None:
+        recipe = load_recipe(finished, {f"training.{key}": value for key, value in settings.items()})
+        return next(one.seconds for one in build_stages(recipe, tmp_path) if one.name == "train/lora")
+
+    assert seconds(steps="null", epochs="6") is None
+    assert seconds(steps="20") == 2 * seconds(steps="10") > 0  # type: ignore[operator]
