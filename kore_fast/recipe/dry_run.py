@@ -74,6 +74,8 @@ def dry_run(recipe: Recipe, gpus: tuple[int, ...] = (1, 8, 16)) -> DryRun:
         gpus: how many GPUs memory and time are estimated for.
     """
     found = DryRun(missing=missing_data(recipe))
+    runs = Counter([job.method for job in recipe.study.jobs.values()] if recipe.study else list(recipe.methods))
+    recipe = _one_of_each(recipe)
     if not Path(recipe.model_path()).exists() and recipe.model.build is None:
         hint = recipe.where_to_get(recipe.model.path)
         found.missing.append(f"model.path: {recipe.model.path} is no folder here; {hint or 'it is taken from the hub'}")
@@ -98,10 +100,10 @@ def dry_run(recipe: Recipe, gpus: tuple[int, ...] = (1, 8, 16)) -> DryRun:
     found.trained = {name: one.all_trained for name, one in sizes.items()}
     found.trained_adapter = {name: one.trained for name, one in sizes.items()}
     found.sections.append(("Model", list(_model_rows(recipe, model, shape))))
-    found.sections.append(("Trained", list(_trained_rows(recipe, sizes, samples, found))))
+    found.sections.append(("Trained", list(_trained_rows(recipe, sizes, samples, runs, found))))
     if recipe.covariance is not None:
         found.sections.append(("Covariance", list(_covariance_rows(recipe, shape, tokens, found))))
-    found.sections.append(("Disk", list(_disk_rows(recipe, shape, sizes))))
+    found.sections.append(("Disk", list(_disk_rows(recipe, shape, sizes, runs))))
     for name, method in recipe.methods.items():
         rows = list(_memory_rows(recipe, shapes[name], method, sizes[name], tokens, gpus))
         found.sections.append((f"Memory per GPU while {name} trains (estimate, not measured)", rows))
@@ -109,6 +111,16 @@ def dry_run(recipe: Recipe, gpus: tuple[int, ...] = (1, 8, 16)) -> DryRun:
         rows = list(_time_rows(recipe, shape, tokens, sizes, found.steps, gpus))
         found.sections.append((f"Time (estimate: operations at {_USED:.0%} of an A100's 312 TFLOP/s)", rows))
     return found
+
+
+def _one_of_each(recipe: Recipe) -> Recipe:
+    """A study with one run of each of its methods, under the method's own name: rates and seeds take the same."""
+    if recipe.study is None:
+        return recipe
+    first: dict[str, Method] = {}
+    for name, method in recipe.methods.items():
+        first.setdefault(recipe.study.jobs[name].method, method)
+    return recipe.model_copy(update={"methods": first})
 
 
 @dataclass(frozen=True)
@@ -273,12 +285,14 @@ def _model_rows(recipe: Recipe, model: nn.Module, shape: _Shape) -> Iterator[tup
 
 
 def _trained_rows(
-    recipe: Recipe, sizes: dict[str, Sizes], samples: _Samples, found: DryRun
+    recipe: Recipe, sizes: dict[str, Sizes], samples: _Samples, runs: Counter[str], found: DryRun
 ) -> Iterator[tuple[str, str]]:
     training = recipe.training
     for name, one in sizes.items():
         also = f" + {_millions(one.projector)} projector = {_millions(one.all_trained)}" if one.projector else ""
         yield name, f"{_millions(one.trained)} trained{also} ({one.how})"
+    if recipe.study is not None:
+        yield "runs", f"{runs.total()} at most, {len(runs)} methods: those at a rate that is not chosen need one seed"
     yield "samples", samples.source if samples.count is None else f"{samples.count:,} ({samples.source})"
     each = f"{training.samples_a_step} samples a step"
     for name, method in recipe.methods.items():
@@ -324,7 +338,7 @@ def _tokens_of(source: Any, tokens: int) -> int:
     return int(source.samples * (tokens if source.kind in ("samples", "pictures") else source.max_tokens))
 
 
-def _disk_rows(recipe: Recipe, shape: _Shape, sizes: dict[str, Sizes]) -> Iterator[tuple[str, str]]:
+def _disk_rows(recipe: Recipe, shape: _Shape, sizes: dict[str, Sizes], runs: Counter[str]) -> Iterator[tuple[str, str]]:
     total = 0
     if recipe.covariance is not None:
         one = sum(8 * (width * (width + 1) // 2) for width in shape.inputs.values())
@@ -336,7 +350,9 @@ def _disk_rows(recipe: Recipe, shape: _Shape, sizes: dict[str, Sizes]) -> Iterat
         total += 2 * held
     for name, method in recipe.methods.items():
         of = sizes[name]
-        parts = [(f"{method.way.saves}", of.saved_bytes)]
+        # What a job of a study trained goes when it was measured, if the recipe says so.
+        kept = 1 if recipe.study is not None and not recipe.study.keep_weights else runs[name]
+        parts = [(method.way.saves if kept == 1 else f"in {kept} {method.way.saves}s", kept * of.saved_bytes)]
         if of.start_bytes and recipe.start_of(name) == name:
             parts.append(("start", of.start_bytes))
         # Trainer keeps two.

@@ -140,7 +140,11 @@ def _osf(method: Method, layers: Mapping[str, Layer]) -> tuple[int, int, str]:
         small = (narrow - large) * (narrow + wide + 1)
         trained += small
         frozen += small + (large * wide if narrow < wide else 0)
-    return trained, frozen, "half" if keeps is None else f"{keeps:.0%}" if isinstance(keeps, float) else str(keeps)
+    return (
+        trained,
+        frozen,
+        "half" if keeps is None else f"{100 * keeps:g} %" if isinstance(keeps, float) else str(keeps),
+    )
 
 
 def _low_rank(method: Method, layers: Mapping[str, Layer]) -> tuple[int, int, str]:

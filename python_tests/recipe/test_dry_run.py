@@ -147,6 +147,21 @@ def test_a_residual_s_adapter_has_twice_the_rank_on_disk() -> None:
     assert f"{checkpoints / 2**30:.2f} GiB for two checkpoints" in disk["pissa"]
 
 
+def test_a_study_is_told_once_for_each_of_its_methods() -> None:
+    method = "{ kind: %s, learning_rates: [1e-4, 2e-4], rank: 128 }"
+    settings = {"methods.kore": "null", "methods.lora": method % "lora", "methods.pissa": method % "pissa"}
+    study = {"seeds": [0, 1, 2], "match": "lora", "keep_weights": False}
+    found = tried(**settings, **{"methods.kore_256": "null", "study": json.dumps(study)})
+    assert found.problems == []
+    assert set(found.trained) == {"lora", "pissa"}
+    rows = dict(next(rows for heading, rows in found.sections if heading == "Trained"))
+    assert rows["runs"].startswith("12 at most, 2 methods")
+    for keeps, named in ((False, "2.38 GiB adapter,"), (True, "14.30 GiB in 6 adapters,")):
+        kept = tried(**settings, **{"methods.kore_256": "null", "study": json.dumps({**study, "keep_weights": keeps})})
+        disk = dict(next(rows for heading, rows in kept.sections if heading == "Disk"))
+        assert disk["pissa"].startswith(named)
+
+
 def test_steps_are_of_the_branches_that_a_method_takes(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     branches = ["dialogue"] * 6 + ["vqa"] * 9 + ["caption"] * 3
