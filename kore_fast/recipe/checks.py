@@ -12,6 +12,7 @@ from torch import nn
 
 from kore_fast.errors import ConstraintError, RecipeError
 from kore_fast.files import read_json
+from kore_fast.recipe.materials import earlier_adapter
 from kore_fast.recipe.schema import Recipe
 
 # Of a saved configuration, what says nothing about the architecture.
@@ -58,6 +59,7 @@ def prepare(recipe: Recipe) -> None:
         benchmarks = recipe.evaluation.retention
         data = None if benchmarks.data is None else recipe.resolve(benchmarks.data)
         check_retention(benchmarks.benchmarks, data=data, judge=benchmarks.judge)
+    check_after(recipe)
     model = model_without_weights(recipe, given=True)
     check_ranks(recipe, model)
     check_projector(recipe, model)
@@ -178,21 +180,56 @@ def check_ranks(recipe: Recipe, model: nn.Module) -> None:
     from kore_fast.constraint import select_linears
     from kore_fast.constraint.ranks import parse_rank_choice
 
-    layers = {name: model.get_submodule(name) for name in select_linears(model, recipe.targets_of(model))}
-    shapes = {name: (int(layer.out_features), int(layer.in_features)) for name, layer in layers.items()}  # type: ignore[arg-type]
-    narrowest = min(shapes, key=lambda name: min(shapes[name]))
     for name, method in recipe.methods.items():
+        layers = {one: model.get_submodule(one) for one in select_linears(model, recipe.targets_of(model, method))}
+        shapes = {one: (int(layer.out_features), int(layer.in_features)) for one, layer in layers.items()}  # type: ignore[arg-type]
+        narrowest = min(shapes, key=lambda one: min(shapes[one]))
+        width = min(shapes[narrowest])
         lowest = None if method.rank is None else parse_rank_choice(method.rank).lowest
-        if lowest is not None and lowest > min(shapes[narrowest]):
+        if lowest is not None and lowest > width:
             raise ConstraintError(
                 f"method {name!r}: rank {lowest} is larger than the width of {narrowest} "
-                f"{shapes[narrowest]}; choose at most {min(shapes[narrowest])}"
+                f"{shapes[narrowest]}; choose at most {width}"
             )
-        if isinstance(method.effective_rank, int) and method.effective_rank >= min(shapes[narrowest]):
+        if isinstance(method.effective_rank, int) and method.effective_rank >= width:
             raise ConstraintError(
                 f"method {name!r}: effective_rank {method.effective_rank} keeps every direction of {narrowest} "
                 f"{shapes[narrowest]} as it is, nothing would be trained; choose fewer, or a share below 1"
             )
+
+
+def check_after(recipe: Recipe) -> None:
+    """Raises `RecipeError` where a run on top of another one, as far as that is there, would lose what that has, or
+    names what it has not."""
+    if recipe.after is None:
+        return
+    trained = recipe.resolve(recipe.after.run) / "train" / recipe.after.method
+    adapter = earlier_adapter(recipe)
+    config = adapter / "adapter_config.json"
+    if trained.is_dir() and not config.is_file():
+        raise RecipeError(
+            f"after.method: {trained} holds no adapter: go on from a method that trained one, or give a whole model's "
+            "folder as model.path"
+        )
+    if config.is_file() and read_json(config).get("peft_type") != "LORA":
+        raise RecipeError(
+            f"after.method: {adapter} is no LoRA adapter, so that it and another cannot become one for the untouched "
+            "base: go on from another method"
+        )
+    before = recipe.taken_over()
+    own = list(recipe.covariance.sources) if recipe.covariance is not None else []
+    twice = next((name for name in own if name in before), None)
+    if twice is not None:
+        raise RecipeError(
+            f"covariance source {twice!r}: {recipe.after.run} has one of that name, whose sums are taken over. Give "
+            f"this one another name, or drop it ({twice}: null) where it is the same"
+        )
+    named = {"after.weights": recipe.after.weights}
+    named |= {f"methods.{name}.source_weights": m.source_weights or {} for name, m in recipe.methods.items()}
+    for key, weights in named.items():
+        unknown = sorted(set(weights) - {*before, *own})
+        if unknown and before:
+            raise RecipeError(f"{key} names {unknown[0]!r}, which is no source; there are {', '.join([*before, *own])}")
 
 
 def check_projector(recipe: Recipe, model: nn.Module) -> None:

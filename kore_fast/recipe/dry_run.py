@@ -6,6 +6,7 @@ estimates from these counts and are marked so; nothing here was measured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from torch import nn
 
 from kore_fast.constraint.budget import plan_passes
 from kore_fast.constraint.inputs import Width
-from kore_fast.constraint.ranks import FixedRank, parse_rank_choice
+from kore_fast.constraint.ranks import parse_rank_choice
 from kore_fast.constraint.selection import select_linears
 from kore_fast.errors import ConstraintError, KoreError
 from kore_fast.files import iterate_json
-from kore_fast.recipe.checks import check_projector, check_ranks, missing_data, model_without_weights
+from kore_fast.recipe.checks import check_after, check_projector, check_ranks, missing_data, model_without_weights
 from kore_fast.recipe.schema import Method, Recipe
+from kore_fast.recipe.sizes import Layer, Sizes, sizes_of
 
 _GIB = 2**30
 # Of a conversation beside its picture, where the data is not there to look: KORE-74K's length is not measured here.
@@ -72,6 +74,8 @@ def dry_run(recipe: Recipe, gpus: tuple[int, ...] = (1, 8, 16)) -> DryRun:
         gpus: how many GPUs memory and time are estimated for.
     """
     found = DryRun(missing=missing_data(recipe))
+    runs = Counter([job.method for job in recipe.study.jobs.values()] if recipe.study else list(recipe.methods))
+    recipe = _one_of_each(recipe)
     if not Path(recipe.model_path()).exists() and recipe.model.build is None:
         hint = recipe.where_to_get(recipe.model.path)
         found.missing.append(f"model.path: {recipe.model.path} is no folder here; {hint or 'it is taken from the hub'}")
@@ -86,21 +90,37 @@ def dry_run(recipe: Recipe, gpus: tuple[int, ...] = (1, 8, 16)) -> DryRun:
             check(recipe, model)
         except KoreError as error:
             found.problems.append(str(error))
-    samples, tokens, source = _data(recipe, shape, found)
+    try:
+        check_after(recipe)
+    except KoreError as error:
+        found.problems.append(str(error))
+    samples, tokens = _data(recipe, shape, found)
+    shapes = {name: shape.of_method(recipe, model, method) for name, method in recipe.methods.items()}
+    sizes = {name: shapes[name].sizes(recipe, method) for name, method in recipe.methods.items()}
+    found.trained = {name: one.all_trained for name, one in sizes.items()}
+    found.trained_adapter = {name: one.trained for name, one in sizes.items()}
     found.sections.append(("Model", list(_model_rows(recipe, model, shape))))
-    found.sections.append(("Trained", list(_trained_rows(recipe, model, shape, samples, source, found))))
+    found.sections.append(("Trained", list(_trained_rows(recipe, sizes, samples, runs, found))))
     if recipe.covariance is not None:
         found.sections.append(("Covariance", list(_covariance_rows(recipe, shape, tokens, found))))
-    found.sections.append(("Disk", list(_disk_rows(recipe, shape, found))))
+    found.sections.append(("Disk", list(_disk_rows(recipe, shape, sizes, runs))))
     for name, method in recipe.methods.items():
-        rows = list(
-            _memory_rows(recipe, shape.of_method(recipe, model, method), method, found.trained[name], tokens, gpus)
-        )
+        rows = list(_memory_rows(recipe, shapes[name], method, sizes[name], tokens, gpus))
         found.sections.append((f"Memory per GPU while {name} trains (estimate, not measured)", rows))
     if found.steps:
-        rows = list(_time_rows(recipe, shape, tokens, found, gpus))
+        rows = list(_time_rows(recipe, shape, tokens, sizes, found.steps, gpus))
         found.sections.append((f"Time (estimate: operations at {_USED:.0%} of an A100's 312 TFLOP/s)", rows))
     return found
+
+
+def _one_of_each(recipe: Recipe) -> Recipe:
+    """A study with one run of each of its methods, under the method's own name: rates and seeds take the same."""
+    if recipe.study is None:
+        return recipe
+    first: dict[str, Method] = {}
+    for name, method in recipe.methods.items():
+        first.setdefault(recipe.study.jobs[name].method, method)
+    return recipe.model_copy(update={"methods": first})
 
 
 @dataclass(frozen=True)
@@ -110,8 +130,8 @@ class _Shape:
     parameters: int
     decoder: int
     """Parameters of the layers that every token goes through, the head not included."""
-    layers: dict[str, tuple[int, int]]
-    """Constrained layer → (d_out, d_in)."""
+    layers: dict[str, Layer]
+    """Those that are constrained."""
     inputs: dict[str, int]
     """First reader of a distinct input → its width."""
     blocks: int
@@ -127,7 +147,10 @@ class _Shape:
         config: Any = model.config
         text = config.get_text_config()
         names = select_linears(model, recipe.targets_of(model))
-        layers = {name: (int(m.out_features), int(m.in_features)) for name, m in _linears(model, names)}
+        layers = {
+            name: Layer(int(m.out_features), int(m.in_features), 0 if m.bias is None else m.bias.numel())
+            for name, m in _linears(model, names)
+        }
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         get_decoder = getattr(model, "get_decoder", None)
         decoder = get_decoder() if get_decoder is not None else None
@@ -153,6 +176,20 @@ class _Shape:
             self, layers={n: self.layers[n] for n in select_linears(model, recipe.targets_of(model, method))}
         )
 
+    def sizes(self, recipe: Recipe, method: Method) -> Sizes:
+        """What the method trains, holds and writes, where these are its layers."""
+        return sizes_of(
+            method,
+            self.layers,
+            parameters=self.parameters,
+            projector=self.projector if method.projector_learning_rate is not None else 0,
+            itemsize=_itemsize(recipe),
+        )
+
+
+def _itemsize(recipe: Recipe) -> int:
+    return 2 if recipe.model.dtype == "bfloat16" else 4
+
 
 def _linears(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Any]]:
     for name in names:
@@ -163,14 +200,14 @@ def _linears(model: nn.Module, names: list[str]) -> Iterator[tuple[str, Any]]:
 _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
-def _distinct_inputs(layers: dict[str, tuple[int, int]]) -> dict[str, int]:
+def _distinct_inputs(layers: dict[str, Layer]) -> dict[str, int]:
     """By name, as nothing runs here; a collection finds them by the tensors."""
     found = {}
-    for name, (_, width) in layers.items():
+    for name, layer in layers.items():
         prefix, _, last = name.rpartition(".")
         leader = f"{prefix}.{_SHARED.get(last, last)}"
         if leader == name or leader not in layers:
-            found[name] = width
+            found[name] = layer.d_in
     return found
 
 
@@ -188,23 +225,49 @@ def _image_tokens(recipe: Recipe, config: Any) -> int:
     return (int(vision.image_size) // patch) ** 2
 
 
-def _data(recipe: Recipe, shape: _Shape, found: DryRun) -> tuple[int | None, int, str]:
-    """(training samples of augmented methods, tokens of one, where the number is from)."""
+@dataclass(frozen=True)
+class _Samples:
+    """Training samples of methods on augmented ones."""
+
+    count: int | None
+    source: str
+    """Where the number is from, in words."""
+    branches: Counter[str] | None = None
+    """Branch → samples, where there is a file to count them in."""
+
+    def of(self, method: Method) -> int | None:
+        """How many the method trains on; None where nobody can say yet."""
+        if method.samples != "augmented":
+            return None
+        if method.branches is None:
+            return self.count
+        return None if self.branches is None else sum(self.branches[branch] for branch in method.branches)
+
+
+def _data(recipe: Recipe, shape: _Shape, found: DryRun) -> tuple[_Samples, int]:
+    """(training samples, tokens of one)."""
     tokens = shape.image_tokens + _TEXT_TOKENS
     given = recipe.samples
     if given is None:
-        return None, tokens, "the augmentation writes them"
-    file = recipe.resolve(given.file)
+        return _Samples(None, "the augmentation writes them"), tokens
+    file, told = recipe.resolve(given.file), _Samples(given.count, "as the recipe says")
     if not file.exists():
-        return given.count, tokens, "as the recipe says"
+        return told, tokens
+    branches: Counter[str] = Counter()
     try:
-        count = sum(1 for _ in iterate_json(file))
+        for _, row in iterate_json(file):
+            branches[str(row.get("branch") if isinstance(row, dict) else None)] += 1
     except KoreError as error:
         found.problems.append(str(error))
-        return given.count, tokens, "as the recipe says"
-    if given.count is not None and count != given.count:
-        found.problems.append(f"samples.file: {file} holds {count:,} samples, the recipe says {given.count:,}")
-    return count, tokens, f"counted in {file.name}"
+        return told, tokens
+    counted = _Samples(branches.total(), f"counted in {file.name}", branches)
+    if given.count is not None and counted.count != given.count:
+        found.problems.append(f"samples.file: {file} holds {counted.count:,} samples, the recipe says {given.count:,}")
+    for name, method in recipe.methods.items():
+        if counted.of(method) == 0:
+            wanted = ", ".join(method.branches) if method.branches else "any branch"
+            found.problems.append(f"method {name!r}: {file} holds no sample of {wanted}")
+    return counted, tokens
 
 
 def _model_rows(recipe: Recipe, model: nn.Module, shape: _Shape) -> Iterator[tuple[str, str]]:
@@ -222,22 +285,18 @@ def _model_rows(recipe: Recipe, model: nn.Module, shape: _Shape) -> Iterator[tup
 
 
 def _trained_rows(
-    recipe: Recipe, model: nn.Module, shape: _Shape, samples: int | None, source: str, found: DryRun
+    recipe: Recipe, sizes: dict[str, Sizes], samples: _Samples, runs: Counter[str], found: DryRun
 ) -> Iterator[tuple[str, str]]:
     training = recipe.training
-    for name, method in recipe.methods.items():
-        adapter, how = _adapter_parameters(method, shape.of_method(recipe, model, method))
-        beside = shape.projector if method.projector_learning_rate is not None else 0
-        found.trained_adapter[name], found.trained[name] = adapter, adapter + beside
-        also = f" + {_millions(beside)} projector = {_millions(adapter + beside)}" if beside else ""
-        yield name, f"{_millions(adapter)} trained{also} ({how})"
-    if samples is not None:
-        yield "samples", f"{samples:,} ({source})"
-    else:
-        yield "samples", source
+    for name, one in sizes.items():
+        also = f" + {_millions(one.projector)} projector = {_millions(one.all_trained)}" if one.projector else ""
+        yield name, f"{_millions(one.trained)} trained{also} ({one.how})"
+    if recipe.study is not None:
+        yield "runs", f"{runs.total()} at most, {len(runs)} methods: those at a rate that is not chosen need one seed"
+    yield "samples", samples.source if samples.count is None else f"{samples.count:,} ({samples.source})"
     each = f"{training.samples_a_step} samples a step"
     for name, method in recipe.methods.items():
-        known = samples if method.samples == "augmented" else None
+        known = samples.of(method)
         if method.steps is not None or training.steps is not None:
             found.steps[name] = method.steps or training.steps_for(0)
         elif known is not None:
@@ -246,25 +305,9 @@ def _trained_rows(
             yield f"steps of {name}", f"{training.epochs:g} epochs of samples that are not counted yet, {each}"
             continue
         epochs = f", {training.epochs:g} epochs" if training.epochs is not None and method.steps is None else ""
+        epochs += f" of {known:,} samples" if epochs and method.branches is not None else ""
         warmup = max(1, round(training.warmup_ratio * found.steps[name]))
         yield f"steps of {name}", f"{found.steps[name]:,} ({warmup:,} of warm-up), {each}{epochs}"
-
-
-def _adapter_parameters(method: Method, shape: _Shape) -> tuple[int, str]:
-    if method.rank is None:
-        most = "at most " if method.kind == "osf" else ""
-        return sum(d_out * d_in for d_out, d_in in shape.layers.values()), f"{most}every weight of the layers"
-    choice = parse_rank_choice(method.rank)
-    if not isinstance(choice, FixedRank):
-        wanted = getattr(choice, "parameters", None)
-        if wanted is not None:
-            return int(wanted), "at most: a budget"
-        return sum(choice.lowest * d_out for d_out, _ in shape.layers.values()), "at least: a rank by spectrum"
-    if method.kind == "mica":
-        return sum(choice.rank * d_in for _, d_in in shape.layers.values()), f"A at rank {choice.rank}, B frozen"
-    if method.frozen_a:
-        return sum(choice.rank * d_out for d_out, _ in shape.layers.values()), f"B at rank {choice.rank}, A frozen"
-    return sum(choice.rank * sum(one) for one in shape.layers.values()), f"A and B at rank {choice.rank}"
 
 
 def _covariance_rows(recipe: Recipe, shape: _Shape, tokens: int, found: DryRun) -> Iterator[tuple[str, str]]:
@@ -273,7 +316,7 @@ def _covariance_rows(recipe: Recipe, shape: _Shape, tokens: int, found: DryRun) 
     total = sum(source.samples for source in sources.values())
     listed = ", ".join(f"{name} {source.samples}" for name, source in sources.items())
     yield "samples", f"{total}: {listed}"
-    itemsize = 2 if recipe.model.dtype == "bfloat16" else 4
+    itemsize = _itemsize(recipe)
     widths = {name: Width(width, itemsize) for name, width in shape.inputs.items()}
     held = sum(8 * width * width for width in shape.inputs.values())
     passes = 1
@@ -295,7 +338,7 @@ def _tokens_of(source: Any, tokens: int) -> int:
     return int(source.samples * (tokens if source.kind in ("samples", "pictures") else source.max_tokens))
 
 
-def _disk_rows(recipe: Recipe, shape: _Shape, found: DryRun) -> Iterator[tuple[str, str]]:
+def _disk_rows(recipe: Recipe, shape: _Shape, sizes: dict[str, Sizes], runs: Counter[str]) -> Iterator[tuple[str, str]]:
     total = 0
     if recipe.covariance is not None:
         one = sum(8 * (width * (width + 1) // 2) for width in shape.inputs.values())
@@ -306,45 +349,45 @@ def _disk_rows(recipe: Recipe, shape: _Shape, found: DryRun) -> Iterator[tuple[s
         yield "while it is collected", f"{held / _GIB:.1f} GiB more for a checkpoint, twice while one is written"
         total += 2 * held
     for name, method in recipe.methods.items():
-        size = _adapter_bytes(method, shape, found.trained[name])
-        # A checkpoint is the adapter with two moments for each trained parameter; Trainer keeps two of them.
-        checkpoints = 2 * (size + 8 * found.trained[name])
-        what = "model" if method.kind == "full" else "adapter"
-        total += 2 * size + checkpoints
-        yield name, f"{size / _GIB:.2f} GiB {what}, {checkpoints / _GIB:.1f} GiB for two checkpoints while it trains"
+        of = sizes[name]
+        # What a job of a study trained goes when it was measured, if the recipe says so.
+        kept = 1 if recipe.study is not None and not recipe.study.keep_weights else runs[name]
+        parts = [(method.way.saves if kept == 1 else f"in {kept} {method.way.saves}s", kept * of.saved_bytes)]
+        if of.start_bytes and recipe.start_of(name) == name:
+            parts.append(("start", of.start_bytes))
+        # Trainer keeps two.
+        parts.append(("for two checkpoints while it trains", 2 * of.checkpoint_bytes))
+        if of.fisher_bytes:
+            parts.append(("for the Fisher while it trains", of.fisher_bytes))
+        total += sum(size for _, size in parts)
+        yield name, ", ".join(f"{size / _GIB:.2f} GiB {what}" for what, size in parts)
     yield "in all", f"{total / _GIB:.0f} GiB at most"
 
 
-def _adapter_bytes(method: Method, shape: _Shape, trained: int) -> int:
-    """A and B in float32, with what is trained in full beside them."""
-    if method.rank is None:
-        return 4 * shape.parameters
-    frozen = 0
-    choice = parse_rank_choice(method.rank)
-    if method.frozen_a:
-        frozen = sum(choice.lowest * d_in for _, d_in in shape.layers.values())
-    return 4 * (trained + frozen)
-
-
 def _memory_rows(
-    recipe: Recipe, shape: _Shape, method: Method, trained: int, tokens: int, gpus: tuple[int, ...]
+    recipe: Recipe, shape: _Shape, method: Method, sizes: Sizes, tokens: int, gpus: tuple[int, ...]
 ) -> Iterator[tuple[str, str]]:
-    itemsize = 2 if recipe.model.dtype == "bfloat16" else 4
-    adapter = _adapter_bytes(method, shape, trained) if method.rank is not None else 0
-    weights = shape.parameters * itemsize
-    # A gradient and two moments in float32 for each trained parameter.
-    gradients, moments = 4 * trained, 8 * trained
+    terms = {"EWC": method.ewc is not None, "LwF": method.lwf is not None and not method.way.shows_base}
     for count in gpus:
         most = recipe.training.per_device or recipe.training.batch_size
         rounds = -(-recipe.training.samples_a_step // (most * count))
         at_a_time = -(-recipe.training.samples_a_step // (rounds * count))
-        activations = _activation_bytes(recipe, shape, method, tokens) * at_a_time
+        activations = _activation_bytes(recipe, shape, method, tokens) * at_a_time + _product_bytes(
+            recipe, shape, method, sizes
+        )
         each = f"{at_a_time} sample(s) × {rounds} round(s) a step"
-        for name, parts in _parallel(count):
-            shares = [weights / parts[0], adapter / parts[0], gradients / parts[1], moments / parts[2], activations]
-            names = ("weights", "adapter", "gradients", "optimizer", "activations")
-            listed = ", ".join(f"{what} {share / _GIB:.1f}" for what, share in zip(names, shares, strict=True))
-            yield f"{count} × {name}", f"{sum(shares) / _GIB:.0f} GiB: {listed}; {each}"
+        for name, (by_weights, by_gradients, by_moments) in _parallel(count):
+            parts = {
+                "weights": sizes.base_bytes / by_weights,
+                "adapter": sizes.adapter_bytes / by_weights,
+                "gradients": sizes.gradient_bytes / by_gradients,
+                "optimizer": sizes.moment_bytes / by_moments,
+                "activations": activations,
+            }
+            if sizes.kept_bytes:
+                parts[" and ".join(term for term, on in terms.items() if on)] = sizes.kept_bytes
+            listed = ", ".join(f"{what} {share / _GIB:.1f}" for what, share in parts.items())
+            yield f"{count} × {name}", f"{sum(parts.values()) / _GIB:.0f} GiB: {listed}; {each}"
 
 
 def _parallel(count: int) -> list[tuple[str, tuple[int, int, int]]]:
@@ -360,7 +403,7 @@ def _activation_bytes(recipe: Recipe, shape: _Shape, method: Method, tokens: int
     A frozen linear keeps nothing of its input, a trained B keeps r values a token; what stays are the inputs of norms
     and products: in bfloat16 4 hidden, q, k, v and attention's output, 3 intermediate.
     """
-    rank = parse_rank_choice(method.rank).lowest if method.rank is not None else 0
+    rank = 0 if method.rank is None else parse_rank_choice(method.rank).lowest
     inside = 4 * shape.hidden + 2 * (shape.hidden + shape.key_values) + 3 * shape.intermediate
     per_block = len(shape.layers) / shape.blocks
     inside += int(per_block * rank) if rank else 2 * shape.hidden + shape.intermediate
@@ -370,8 +413,16 @@ def _activation_bytes(recipe: Recipe, shape: _Shape, method: Method, tokens: int
     return int(tokens * (shape.blocks * kept + working) + answers * shape.vocabulary * 10)
 
 
+def _product_bytes(recipe: Recipe, shape: _Shape, method: Method, sizes: Sizes) -> int:
+    """Of OSF, whatever the batch: it puts the factors of each layer together anew in every forward pass, in float32,
+    and keeps them for the backward one."""
+    if method.kind != "osf":
+        return 0
+    return 4 * sizes.passed // (shape.blocks if recipe.training.gradient_checkpointing else 1)
+
+
 def _time_rows(
-    recipe: Recipe, shape: _Shape, tokens: int, found: DryRun, gpus: tuple[int, ...]
+    recipe: Recipe, shape: _Shape, tokens: int, sizes: dict[str, Sizes], steps_of: dict[str, int], gpus: tuple[int, ...]
 ) -> Iterator[tuple[str, str]]:
     if recipe.covariance is not None:
         seen = sum(_tokens_of(source, tokens) for source in recipe.covariance.sources.values())
@@ -383,12 +434,10 @@ def _time_rows(
             f"{_hours(work / (_PEAK * _USED) + exact / (19.5e12 * _USED))} on one GPU, loading not counted",
         )
     passes = 4 if recipe.training.gradient_checkpointing is False else 6
-    for name, steps in found.steps.items():
-        method = recipe.methods[name]
-        # Forward, and backward through frozen weights to the input; a trained weight's own gradient adds as much again.
-        each = passes + (2 if method.kind == "full" else 0)
-        work = each * shape.decoder * tokens * steps * recipe.training.samples_a_step
-        work += each * found.trained[name] * tokens * steps * recipe.training.samples_a_step
+    for name, steps in steps_of.items():
+        # Forward, and backward to the input through what is frozen too; a trained weight's own gradient comes on top.
+        each = passes * (shape.decoder + sizes[name].passed) + 2 * sizes[name].all_trained
+        work = each * tokens * steps * recipe.training.samples_a_step
         listed = ", ".join(f"{_hours(work / (count * _PEAK * _USED))} on {count}" for count in gpus)
         yield f"train {name}", f"{listed} GPU(s), at {tokens} tokens a sample"
     yield "not estimated", "null spaces, evaluation, reading of pictures, waiting between nodes"

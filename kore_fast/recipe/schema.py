@@ -204,8 +204,8 @@ class Method(Section):
     layers: LayerChoice | None = None
     """Which of the recipe's layers are adapted; default all."""
     source_weights: dict[str, Annotated[Number, Field(ge=0)]] | None = None
-    """Weights of the covariance's sources for this method's start, those not named weigh nothing; default the
-    sources' own."""
+    """Weights of the covariance's sources for this method's start, those taken over from an earlier run among them;
+    those not named weigh nothing. Default the sources' own."""
     lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     projector_learning_rate: Positive | None = None
@@ -320,6 +320,11 @@ class TrainingSection(Section):
             return self.steps
         assert self.epochs is not None
         return math.ceil(samples * self.epochs / self.samples_a_step)
+
+
+MEMORY_ONLY = {"per_device", "gradient_checkpointing", "checkpoint_every"}
+"""Options of `TrainingSection` that change what a training takes and not what comes of it, to rounding: one that was
+left half-finished for want of memory goes on with another of these."""
 
 
 class SamplesSection(Section):
@@ -500,12 +505,18 @@ class Recipe(Section):
         """What narrows the targets: the covariance's choice, then the method's."""
         return [self.covariance.layers if self.covariance else None, method.layers if method else None]
 
+    def taken_over(self) -> list[str]:
+        """The sources of an earlier run's store, beside which this one's are put; none before that run is there."""
+        if self.after is None:
+            return []
+        return sorted(file.stem for file in (self.resolve(self.after.run) / "covariance").glob("*.safetensors"))
+
     def source_weights(self, method: Method | None = None) -> dict[str, float] | None:
-        """Weight of each source in the covariance, as the method wants it."""
+        """Weight of each source in the covariance, as the method wants it; one that is not named weighs 1."""
         if self.covariance is None:
             return None
         if method is not None and method.source_weights is not None:
-            return dict.fromkeys(self.covariance.sources, 0.0) | method.source_weights
+            return dict.fromkeys([*self.taken_over(), *self.covariance.sources], 0.0) | method.source_weights
         earlier = self.after.weights if self.after is not None else {}
         return {**earlier, **{name: s.weight for name, s in self.covariance.sources.items()}}
 
@@ -555,9 +566,14 @@ class Recipe(Section):
                 raise ValueError(f"method {name!r}: name it with letters, digits, '-', '_' ('base' is taken)")
             if method.way.uses_covariance and self.covariance is None:
                 raise ValueError(f"method {name!r} needs covariances: add a 'covariance' section")
-            unknown = set(method.source_weights or ()) - set(self.source_weights() or ())
-            if unknown:
+            unknown = set(method.source_weights or ()) - set(self.covariance.sources if self.covariance else ())
+            if unknown and self.after is None:  # of an earlier run's, `check_after` knows more
                 raise ValueError(f"method {name!r}: source_weights names {sorted(unknown)[0]!r}, which is no source")
+            if self.after is not None and method.kind == "osf":
+                raise ValueError(
+                    f"method {name!r}: OSF's adapter is no LoRA, so that it and the earlier run's cannot become one "
+                    "for the untouched base: take another kind, or inject with OSF in one run"
+                )
             if method.old_samples is not None and self.covariance is None:
                 raise ValueError(
                     f"method {name!r}: {method.old_samples} draws on the samples of old knowledge that covariances "

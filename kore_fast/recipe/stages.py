@@ -23,9 +23,11 @@ from kore_fast.recipe.materials import (
 )
 from kore_fast.recipe.retention import FOLDER, benchmark_files, to_try_again
 from kore_fast.recipe.runner import Stage
-from kore_fast.recipe.schema import BASE, Method, Recipe
+from kore_fast.recipe.schema import BASE, MEMORY_ONLY, Method, Recipe
 
 KINDS = ("augment", "covariance", "init", "train", "evaluate", "report")
+JUDGE_PLACE = {"base_url", "api_key_env", "timeout", "attempts"}
+"""Options of a judge that say where it is, and nothing about its judgement."""
 
 
 def build_stages(recipe: Recipe, run: Path) -> list[Stage]:
@@ -84,13 +86,12 @@ def augment_stage(
 ) -> Stage:
     """Items → samples; needs neither a model nor the rest of a recipe."""
     there = plan.resolved(resolve)
-    beside = [items.parent / "wordings.yaml", items.with_name(f"{items.stem}.names.json"), *there.files()]
     # Found pictures are held against the items' own, which are put beside them.
     pictures = [] if plan.image_search is None else _pictures_of(items)
     return Stage(
         "augment",
         options={"augmentation": plan.decisive(), "name": name},
-        inputs=[items, *(file for file in beside if file.exists()), *pictures],
+        inputs=[items, *beside_items(items), *there.files(), *pictures],
         work=lambda folder, progress: work.augment(items, there, run, folder, progress, name),
         produces=("samples.json", "knowledge.json", "questions.jsonl", "summary.json", "card.json"),
         seconds=rough_seconds(items, there),
@@ -102,7 +103,7 @@ def _method_stages(
     recipe: Recipe, run: Path, name: str, method: Method, models: list[Path], covariances: list[Path]
 ) -> Iterator[Stage]:
     init = run / "init" / recipe.start_of(name)
-    steps = method.steps or recipe.training.steps or 0
+    steps = method.steps or recipe.training.steps
     shared = {"seed": recipe.seed_of(method), **_base(recipe)}
     starts = method.way.starts != "nothing"
     old = [p for p in (recipe.old_knowledge.texts, recipe.old_knowledge.pictures) if p is not None]
@@ -125,7 +126,7 @@ def _method_stages(
         options={
             **shared,
             "method": method.model_dump(mode="json"),
-            "training": recipe.training.model_dump(mode="json"),
+            "training": recipe.training.model_dump(mode="json", exclude=MEMORY_ONLY),
         },
         inputs=[
             *models,
@@ -136,7 +137,8 @@ def _method_stages(
         ],
         work=lambda folder, progress: work.train(recipe, run, name, method, folder, progress),
         produces=("loss.csv", method.way.saves),
-        seconds=0.55 * steps * recipe.training.samples_a_step,
+        # Epochs are of samples that are not counted here.
+        seconds=None if steps is None else 0.55 * steps * recipe.training.samples_a_step,
     )
 
 
@@ -162,8 +164,8 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
             run / "augment" / "questions.jsonl",
             *_pictures_of(recipe.resolve(recipe.items)),
             *_read(recipe, *old),
-            *_earlier(recipe),
-            *_evoke(recipe),
+            *earlier_asked(recipe),
+            *evoke_asked(recipe),
             *benchmark_files(recipe),
             *trained,
         ],
@@ -176,14 +178,13 @@ def _evaluate_stage(recipe: Recipe, run: Path, name: str, method: Method | None,
 
 def _measured(recipe: Recipe) -> dict[str, object]:
     """The options of an evaluation that decide its figures: of a judge its name, not where it is."""
-    judge = {"base_url", "api_key_env", "timeout", "attempts"}
-    options = recipe.evaluation.model_dump(mode="json", exclude={"retention": {"judge": judge, "data": True}})
+    options = recipe.evaluation.model_dump(mode="json", exclude={"retention": {"judge": JUDGE_PLACE, "data": True}})
     if options["retention"] is None:
         del options["retention"]  # what was measured before there were benchmarks stays
     return options
 
 
-def _earlier(recipe: Recipe) -> list[Path]:
+def earlier_asked(recipe: Recipe) -> list[Path]:
     """The questions of an earlier run that are asked again, and their pictures."""
     file, root = earlier_questions(recipe)
     if file is None:
@@ -194,7 +195,7 @@ def _earlier(recipe: Recipe) -> list[Path]:
     return [file, *(inside(root, image) for image in sorted({question.image for question in asked}))]
 
 
-def _evoke(recipe: Recipe) -> list[Path]:
+def evoke_asked(recipe: Recipe) -> list[Path]:
     """EVOKE's evaluation file, and the pictures that its questions show."""
     if recipe.evaluation.evoke is None:
         return []
@@ -208,11 +209,17 @@ def _evoke(recipe: Recipe) -> list[Path]:
 def _read(recipe: Recipe, *files: Path) -> list[Path]:
     """Files of old knowledge, and the pictures that they name."""
     resolved = [recipe.resolve(file) for file in files]
-    return [path for file in resolved for path in (file, *_pictures_in(file))]
+    return [path for file in resolved for path in (file, *pictures_in(file))]
 
 
-def _pictures_of(items: Path) -> list[Path]:
-    """The pictures of an items file that are there; the stage that writes samples says which are not."""
+def beside_items(items: Path) -> list[Path]:
+    """Files beside an items file that count with it, where they are there."""
+    beside = (items.with_name("wordings.yaml"), items.with_name(f"{items.stem}.names.json"))
+    return [file for file in beside if file.exists()]
+
+
+def item_pictures(items: Path) -> list[Path]:
+    """The pictures that an items file names, there or not; none of a file that cannot be read."""
     try:
         found = load_items(items, check_images=False, skip=lambda problem: None)
     except DataError:
@@ -220,11 +227,20 @@ def _pictures_of(items: Path) -> list[Path]:
     paths = []
     for image in sorted({item.image for item in found}):
         with suppress(DataError, OSError, RuntimeError, ValueError):  # a circle of links, a null byte
-            paths += [path for path in (inside(items.parent, image),) if path.is_file()]
+            paths.append(inside(items.parent, image))
     return paths
 
 
-def _pictures_in(file: Path) -> list[Path]:
+def _pictures_of(items: Path) -> list[Path]:
+    """The pictures of an items file that are there; the stage that writes samples says which are not."""
+    paths = []
+    for path in item_pictures(items):
+        with suppress(OSError, ValueError):
+            paths += [path] if path.is_file() else []
+    return paths
+
+
+def pictures_in(file: Path) -> list[Path]:
     """The pictures that a .jsonl file names; none for another kind of file."""
     if file.suffix != ".jsonl" or not file.is_file():
         return []

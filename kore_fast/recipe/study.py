@@ -9,8 +9,6 @@ runs the other seeds at that rate only, and compares.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kore_fast.errors import RecipeError
-from kore_fast.files import read_json, sha256_file, write_json
+from kore_fast.files import read_json, write_json
 from kore_fast.recipe.locks import alone_in
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 BASE = "base"
 """The untouched model's name among the methods."""
-ADAPTATION = "adaptation_cem"
 
 
 @dataclass(frozen=True)
@@ -119,21 +116,37 @@ def jobs_of(recipe: Recipe) -> list[Job]:
 def choose(scores: Mapping[Job, Mapping[str, Any]], match: str | None) -> dict[str, float]:
     """Each method's learning rate: the one whose adaptation is nearest to the best of ``match`` (of all without one).
 
-    Only jobs of a method's first seed decide, so that further seeds change no choice.
+    Adaptation is the new facts' CEM or, where there are no questions of facts, EVOKE's K.A. Only jobs of a method's
+    first seed decide, so that further seeds change no choice. A method with one rate has it, whatever was measured.
+
+    Raises:
+        RecipeError: a method has several rates, and neither was measured for one of them.
     """
-    first: dict[str, int] = {}
+    from kore_fast.report.words import ADAPTATIONS
+
+    seeds: dict[str, int] = {}
     for job in scores:
-        first.setdefault(job.method, job.seed)
-    adaptation = {
-        job: float(found["metrics"][ADAPTATION]["value"])
-        for job, found in scores.items()
-        if job.seed == first[job.method] and ADAPTATION in found["metrics"]
-    }
-    if not adaptation:
-        return {}
-    target = max((value for job, value in adaptation.items() if job.method == match), default=max(adaptation.values()))
-    chosen: dict[str, float] = {}
-    for job in sorted(adaptation, key=lambda job: (abs(adaptation[job] - target), job.learning_rate)):
+        seeds.setdefault(job.method, job.seed)
+    first = {job: found["metrics"] for job, found in scores.items() if job.seed == seeds[job.method]}
+    learned: dict[Job, float] = {}
+    for words in ADAPTATIONS:
+        values = {job: (metrics.get(words.name) or {}).get("value") for job, metrics in first.items()}
+        learned = learned or {job: float(value) for job, value in values.items() if value is not None}
+    rates: dict[str, list[float]] = {}
+    for job in first:
+        rates.setdefault(job.method, []).append(job.learning_rate)
+    unknown = [job.name for job in first if job not in learned and len(rates[job.method]) > 1]
+    if unknown:
+        measures = " nor ".join(words.label for words in ADAPTATIONS)
+        raise RecipeError(
+            f"learning rates are matched on what was learned, and neither {measures} was measured for "
+            f"{', '.join(unknown)}: give items with facts or evaluation.evoke, or each method one learning rate"
+        )
+    chosen = {method: of_method[0] for method, of_method in rates.items() if len(of_method) == 1}
+    target = max(
+        (value for job, value in learned.items() if job.method == match), default=max(learned.values(), default=0.0)
+    )
+    for job in sorted(learned, key=lambda job: (abs(learned[job] - target), job.learning_rate)):
         chosen.setdefault(job.method, job.learning_rate)
     return chosen
 
@@ -215,6 +228,14 @@ def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
+def _visible_devices() -> list[str]:
+    """The GPUs of this process, each by the name that a process of a job is given it by."""
+    count = torch.cuda.device_count()
+    # Where the user chose some, their numbers count: CUDA numbers those that it shows from 0 again.
+    chosen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return chosen[:count] if chosen else [str(number) for number in range(count)]
+
+
 @contextmanager
 def _leaving_on_sigterm() -> Iterator[None]:
     """SIGTERM leaves the block as Ctrl-C does: no job outlives its study and meets the next one in its folder."""
@@ -251,6 +272,8 @@ class _Runner:
     deadline: float
     say: Callable[[str], None]
     failed: list[str] = field(default_factory=list)
+    files: Mapping[str, str] | None = None
+    """What the recipe's files held when they were first looked at, or when the first stages had made what they make."""
 
     @property
     def results(self) -> Path:
@@ -275,6 +298,7 @@ class _Runner:
         for stage in stages:
             self._run(*stage)
         self._keep(self.run / "evaluate" / BASE / "scores.json", self.base, {"method": BASE})
+        self.files = None
 
     def jobs(self, jobs: Iterable[Job]) -> bool:
         """Train and evaluate; False when the time ran out before all were done."""
@@ -334,8 +358,8 @@ class _Runner:
         script = f'for stage in {stages}; do "$0" -m kore_fast $stage "$@"; done'
         method = self.recipe.start_of(job.name) if first == "init" else job.name
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.width))}
-        if devices := torch.cuda.device_count():
-            environment["CUDA_VISIBLE_DEVICES"] = str(place % devices)
+        if devices := _visible_devices():
+            environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
         _, _, _, *arguments = self._command("", "--method", method)
         return _bound_to_us(script, sys.executable, *arguments, stdout=log, stderr=log, env=environment)
 
@@ -357,11 +381,14 @@ class _Runner:
 
     def scores(self, job: Job) -> dict[str, Any] | None:
         """A finished job's scores, if they were made from what the study says now."""
+        from kore_fast.recipe.kept import still_fits
+
         path = self._kept(job)
         if not path.exists():
             return None
         kept = read_json(path)
-        return kept["scores"] if kept["made_from"] == self._made_from(job) else None
+        made_from = self._made_from(job)
+        return kept["scores"] if still_fits(kept["made_from"], made_from["options"], made_from["files"]) else None
 
     def done(self, jobs: Iterable[Job]) -> dict[Job, dict[str, Any]]:
         """The scores of every job that is done."""
@@ -370,26 +397,18 @@ class _Runner:
     def _kept(self, job: Job) -> Path:
         return self.results / "runs" / f"{job.name}.json"
 
-    def _keep(self, source: Path, target: Path, change: dict[str, Any], made_from: str = "") -> dict[str, Any]:
+    def _keep(self, source: Path, target: Path, change: dict[str, Any], made_from: Any = None) -> dict[str, Any]:
         scores: dict[str, Any] = {**read_json(source), **change}
         write_json(target, {"made_from": made_from, "scores": scores} if made_from else scores)
         return scores
 
-    def _made_from(self, job: Job) -> str:
-        """Hex SHA-256 of what decides a job's scores: the recipe but for its other methods, and the files it names."""
-        recipe, study = self.recipe, self.recipe.study
-        aside: Any = dict.fromkeys(("methods", "study", "name", "title", "note", "where", "base_folder"), True)
-        aside["model"] = {"config"}
-        # What is at its default is left out, so that an option that a later version knows makes nothing stale.
-        told = recipe.model_dump(mode="json", exclude=aside, exclude_defaults=True)
-        method = recipe.methods[job.name].model_dump(mode="json", exclude_defaults=True)
-        digest = hashlib.sha256(json.dumps([told, method], sort_keys=True, default=str).encode())
-        items = recipe.resolve(recipe.items)
-        files = [items, items.parent / "wordings.yaml", *map(recipe.resolve, study.depends_on if study else ())]
-        for path in files:
-            if path.exists():
-                digest.update(sha256_file(path).encode())
-        return digest.hexdigest()
+    def _made_from(self, job: Job) -> dict[str, Any]:
+        """What decides a job's scores; see `recipe.kept`."""
+        from kore_fast.recipe.kept import file_digests, options_digest
+
+        if self.files is None:
+            self.files = file_digests(self.recipe)
+        return {"options": options_digest(self.recipe, self.recipe.methods[job.name]), "files": self.files}
 
     def _command(self, stage: str, *extra: str) -> list[str]:
         changes = [part for change in self.overrides for part in ("--set", change)]

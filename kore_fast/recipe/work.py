@@ -111,7 +111,7 @@ def _take_over(earlier: Path, folder: Path, model: nn.Module) -> None:
     from kore_fast.constraint.fingerprint import model_fingerprint
 
     for file in sorted(earlier.glob("*.safetensors")):
-        if (folder / file.name).exists():
+        if (folder / file.name).exists():  # of a call that was killed; this run's own have other names (`check_after`)
             continue
         store = CovarianceStore.load(file)
         replace(store, model=model_fingerprint(model, store.layers)).save(folder / file.name)

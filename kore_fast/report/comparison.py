@@ -20,12 +20,12 @@ from kore_fast.report.prediction import Prediction, as_values, prediction_table,
 from kore_fast.report.reading import Metric, Scores, kind_order, parse_scores, pretty
 from kore_fast.report.tables import csv_text, markdown_table
 from kore_fast.report.words import (
-    ADAPTATION,
     BENCHMARKS,
     DRIFT,
     MISSING,
     RETENTION,
     MetricWords,
+    adaptation_of,
     interval,
     measured,
     minus,
@@ -150,7 +150,7 @@ def build_comparison(
             group with the most seeds is taken, and among those the one of the highest adaptation.
         experiments: heading → methods that stand in a table and a picture of their own, the base beside them; those
             without a run yet are left out.
-        reference: the method that every other is held against at equal adaptation.
+        reference: the method that every other is held against at equal adaptation (see `words.adaptation_of`).
 
     Raises:
         DataError: no run, a run without a needed field, two runs of one method, learning rate and seed, or a selected
@@ -192,24 +192,27 @@ def equal_adaptation(
 ) -> EqualAdaptation:
     """Pair each run of ``method`` with the run of ``other`` nearest in adaptation, and compare what the pairs keep.
 
-    A pair counts when the adaptation (CEM) differs by at most ``tolerance`` and both rose above the base by more than
-    that: two runs that learned nothing say nothing. The same seed is preferred, then the smallest difference. All
-    learning rates take part, so that a method may be met at any level it reached; a run of ``other`` may serve more
-    than one pair.
+    A pair counts when the adaptation (CEM; of EVOKE's items K.A) differs by at most ``tolerance`` and both rose
+    above the base by more than that: two runs that learned nothing say nothing. The same seed is preferred, then the
+    smallest difference. All learning rates take part, so that a method may be met at any level it reached; a run of
+    ``other`` may serve more than one pair.
     """
     base = next((run for run in runs if run.kind == "base"), None)
-    floor = base.value(ADAPTATION.name) if base else None
+    measure = adaptation_of(runs).name
+    floor = base.value(measure) if base else None
     learned = [
         run
         for run in runs
-        if (value := run.value(ADAPTATION.name)) is not None and (floor is None or value > floor + tolerance)
+        if (value := run.value(measure)) is not None and (floor is None or value > floor + tolerance)
     ]
     pairs = []
     for run in learned:
         near = [
             (partner.seed != run.seed, gap, learning_rate(partner) or 0.0, place)
             for place, partner in enumerate(learned)
-            if run.method == method and partner.method == other and (gap := _gap(run, partner)) <= tolerance + 1e-12
+            if run.method == method
+            and partner.method == other
+            and (gap := _gap(run, partner, measure)) <= tolerance + 1e-12
         ]
         if near:
             pairs.append(Pair(run, learned[min(near)[-1]]))
@@ -221,8 +224,8 @@ def equal_adaptation(
         tolerance=tolerance,
         pairs=len(pairs),
         seeds=tuple(sorted({pair.one.seed for pair in pairs}, key=lambda seed: (seed is None, seed or 0))),
-        adaptation=_mean([pair.one.value(ADAPTATION.name) for pair in pairs]),
-        other_adaptation=_mean([pair.other.value(ADAPTATION.name) for pair in pairs]),
+        adaptation=_mean([pair.one.value(measure) for pair in pairs]),
+        other_adaptation=_mean([pair.other.value(measure) for pair in pairs]),
         loss_increase=rise,
         other_loss_increase=other_rise,
         loss_ratio=rise / other_rise if rise is not None and other_rise is not None and other_rise > 0 else None,
@@ -236,6 +239,7 @@ def _groups(scores: Sequence[Scores], selected: Mapping[str, float]) -> list[Gro
     for run in scores:
         by_key.setdefault((run.method, learning_rate(run)), []).append(run)
     chosen: dict[str, float | None] = {}
+    measure = adaptation_of(scores).name
     for method in dict.fromkeys(run.method for run in scores):
         rates = [rate for name, rate in by_key if name == method]
         if method in selected:
@@ -245,7 +249,7 @@ def _groups(scores: Sequence[Scores], selected: Mapping[str, float]) -> list[Gro
                 )
             chosen[method] = selected[method]
         else:
-            chosen[method] = max(rates, key=lambda rate: _worth(by_key[method, rate]))
+            chosen[method] = max(rates, key=lambda rate: _worth(by_key[method, rate], measure))
     return [
         Group(
             method=method,
@@ -260,8 +264,8 @@ def _groups(scores: Sequence[Scores], selected: Mapping[str, float]) -> list[Gro
     ]
 
 
-def _worth(runs: Sequence[Scores]) -> tuple[int, float]:
-    mean = _mean([run.value(ADAPTATION.name) for run in runs])
+def _worth(runs: Sequence[Scores], measure: str) -> tuple[int, float]:
+    mean = _mean([run.value(measure) for run in runs])
     return len(runs), -math.inf if mean is None else mean
 
 
@@ -462,8 +466,8 @@ def _both(pairs: Sequence[Pair], name: str) -> tuple[list[float], list[float]]:
     return [ours for ours, _ in known], [theirs for _, theirs in known]
 
 
-def _gap(one: Scores, other: Scores) -> float:
-    ours, theirs = one.value(ADAPTATION.name), other.value(ADAPTATION.name)
+def _gap(one: Scores, other: Scores, measure: str) -> float:
+    ours, theirs = one.value(measure), other.value(measure)
     return math.inf if ours is None or theirs is None else abs(ours - theirs)
 
 

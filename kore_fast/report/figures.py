@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from kore_fast.report.reading import LossRow, Method, Metric, Scores, kind_order, pretty
-from kore_fast.report.words import ADAPTATION, RETENTION, MetricWords
+from kore_fast.report.words import RETENTION, MetricWords, adaptation_of
 
 # Okabe and Ito's colours: told apart with any colour vision, readable on light and dark paper.
 _COLOURS = {"base": "#8a8f98", "kore": "#0b84c6", "lora": "#e08a00", "full": "#d1495b"}
@@ -75,19 +75,20 @@ def adaptation_retention(methods: Sequence[Method], theme: Theme) -> bytes | Non
 
     None when no method has both adaptation and a retention metric.
     """
+    learned = adaptation_of(method.scores for method in methods)
     panels = [
         words
         for words in RETENTION
-        if any(method.scores.metric(words.name) and method.scores.metric(ADAPTATION.name) for method in methods)
+        if any(method.scores.metric(words.name) and method.scores.metric(learned.name) for method in methods)
     ]
     if not panels:
         return None
     look = styles([(method.label, method.scores.kind) for method in methods])
     with drawing(theme):
-        figure, axes = _panels(panels, theme)
+        figure, axes = _panels(panels, theme, learned)
         for words, ax in zip(panels, axes, strict=True):
             for method in methods:
-                x, y = method.scores.metric(ADAPTATION.name), method.scores.metric(words.name)
+                x, y = method.scores.metric(learned.name), method.scores.metric(words.name)
                 if y is not None and method.scores.kind == "base":
                     ax.axhline(y.value, color=look[method.label].colour, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
                 if x is None or y is None:
@@ -183,23 +184,22 @@ def study_scatter(
     Args:
         selected: method and learning rate → its metrics over seeds.
     """
-    panels = [
-        words for words in RETENTION if any(run.metric(words.name) and run.metric(ADAPTATION.name) for run in runs)
-    ]
+    learned = adaptation_of(runs)
+    panels = [words for words in RETENTION if any(run.metric(words.name) and run.metric(learned.name) for run in runs)]
     if not panels:
         return None
     kinds = {run.method: run.kind for run in runs}
     names = sorted(kinds, key=lambda name: (kind_order(kinds[name]), name))
     look = styles([(name, kinds[name]) for name in names])
     with drawing(theme):
-        figure, axes = _panels(panels, theme)
+        figure, axes = _panels(panels, theme, learned)
         for words, ax in zip(panels, axes, strict=True):
             for name in names:
                 style = look[name]
                 points = [
-                    (learning_rate(run), run.value(ADAPTATION.name), run.value(words.name))
+                    (learning_rate(run), run.value(learned.name), run.value(words.name))
                     for run in runs
-                    if run.method == name and run.metric(ADAPTATION.name) and run.metric(words.name)
+                    if run.method == name and run.metric(learned.name) and run.metric(words.name)
                 ]
                 if kinds[name] == "base":
                     for _, _, y in points:
@@ -208,7 +208,7 @@ def study_scatter(
                 if len(line) > 1:
                     ax.plot(*zip(*line, strict=True), color=style.colour, linewidth=1, alpha=0.6, zorder=2)
                 for (method, _), metrics in selected.items():
-                    across, up = metrics.get(ADAPTATION.name), metrics.get(words.name)
+                    across, up = metrics.get(learned.name), metrics.get(words.name)
                     if method == name and across and up and (across.count or 0) > 1 and kinds[name] != "base":
                         ax.errorbar(
                             [across.value],
@@ -291,14 +291,14 @@ def shortest_endings(names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _panels(panels: Sequence[MetricWords], theme: Theme) -> tuple[Figure, list[Any]]:
+def _panels(panels: Sequence[MetricWords], theme: Theme, learned: MetricWords) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(_WIDTH, 3.7), facecolor=theme.paper, layout=ConstrainedLayoutEngine(w_pad=0.1))
     axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
     for words, ax in zip(panels, axes, strict=True):
         ax.margins(0.12)
         ax.set_title(words.label, fontsize=10, loc="left")
         _percent(ax.xaxis)
-        ax.set_xlabel("new facts answered rightly (CEM) →")
+        ax.set_xlabel(f"{learned.label} →")
         if words.share:
             _percent(ax.yaxis)
             ax.set_ylabel("kept →")

@@ -6,7 +6,18 @@ import math
 from typing import Literal
 
 from kore_fast.report.reading import Method, Metric, Run
-from kore_fast.report.words import ADAPTATION, BOTH, DRIFT, RETENTION, MetricWords, difference, measured, minus, number
+from kore_fast.report.words import (
+    ADAPTATION,
+    BOTH,
+    DRIFT,
+    RETENTION,
+    MetricWords,
+    adaptation_of,
+    difference,
+    measured,
+    minus,
+    number,
+)
 
 EQUAL_ADAPTATION = 0.02
 EQUAL_PARAMETERS = 0.05
@@ -75,18 +86,18 @@ def listing(parts: list[str]) -> str:
 
 
 def _adaptation_sentence(kore: Method, lora: Method) -> str:
-    ours, theirs = kore.scores.metric(ADAPTATION.name), lora.scores.metric(ADAPTATION.name)
+    words = adaptation_of([kore.scores, lora.scores])
+    ours, theirs = kore.scores.metric(words.name), lora.scores.metric(words.name)
     if ours is None or theirs is None or ours.value is None or theirs.value is None:
         return "Adaptation was not measured for both methods;"
-    values = (
-        f"{kore.label} answers {number(ADAPTATION, ours.value)} of the questions about new facts rightly, "
-        f"{lora.label} {number(ADAPTATION, theirs.value)}"
-    )
+    asked = "of the questions about new facts rightly" if words is ADAPTATION else f"of {words.label}"
+    verb = "answers" if words is ADAPTATION else "reaches"
+    values = f"{kore.label} {verb} {number(words, ours.value)} {asked}, {lora.label} {number(words, theirs.value)}"
     if abs(ours.value - theirs.value) <= EQUAL_ADAPTATION + 1e-12:
         return f"At about equal adaptation ({values}),"
-    if verdict(ADAPTATION, ours, theirs) == "even":
+    if verdict(words, ours, theirs) == "even":
         return f"{values}, a difference within the sampling error;"
-    return f"{kore.label} learned {verdict(ADAPTATION, ours, theirs)} than {lora.label} ({values});"
+    return f"{kore.label} learned {verdict(words, ours, theirs)} than {lora.label} ({values});"
 
 
 def _retention_sentence(kore: Method, lora: Method, base: Method | None) -> str:
@@ -113,7 +124,7 @@ def _retention_sentence(kore: Method, lora: Method, base: Method | None) -> str:
 
 def _alone(method: Method, base: Method | None) -> str:
     parts = []
-    for words in (ADAPTATION, *RETENTION):
+    for words in (adaptation_of([method.scores]), *RETENTION):
         value = method.scores.value(words.name)
         if value is None:
             continue

@@ -96,6 +96,8 @@ METRICS = (
     MetricWords("outputs_moved", "layers' outputs moved on held-out inputs", "outputs moved", DRIFT, False, False),
 )
 ADAPTATION = METRICS[0]
+ADAPTATIONS = (ADAPTATION, next(words for words in METRICS if words.name == "evoke_ka"))
+"""What runs can be matched on, the first that was measured: EVOKE's items give no questions of their own."""
 RETENTION = tuple(words for words in METRICS if words.group == "Retention")
 
 GLOSSARY = (
@@ -153,6 +155,12 @@ def words_for(names: Iterable[str]) -> list[MetricWords]:
     known = [words for words in METRICS if words.name in present]
     others = sorted(present - {words.name for words in METRICS})
     return known + [MetricWords(name, name, name, "Other", None, False) for name in others]
+
+
+def adaptation_of(scores: Iterable[Scores]) -> MetricWords:
+    """The first of `ADAPTATIONS` that at least one of the scores holds a value of; the first of all where none does."""
+    known = {name for one in scores for name in one.metrics if one.value(name) is not None}
+    return next((words for words in ADAPTATIONS if words.name in known), ADAPTATION)
 
 
 def measured(scores: Iterable[Scores]) -> list[MetricWords]:

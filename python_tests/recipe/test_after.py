@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -49,6 +50,11 @@ def second(tmp_path_factory: pytest.TempPathFactory, finished: Path, knowledge_f
         for stage in ("augment", "covariance", "init", "train"):
             assert main([stage, str(folder / f"{name}.yaml"), "--run", str(folder / name)]) == 0
     return folder
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def batch_of_first(finished: Path, knowledge: Path) -> dict[str, torch.Tensor]:
@@ -227,3 +233,74 @@ def test_earlier_questions_that_are_gone_are_named(
     shutil.copytree(second / "updated", tmp_path / "run")
     assert main(["evaluate", str(tmp_path / "gone.yaml"), "--run", str(tmp_path / "run")]) == 1
     assert "questions.jsonl is not there" in capsys.readouterr().err
+
+
+def third(second: Path, tmp_path: Path, knowledge_folder: Path, name: str, **more: object) -> list[str]:
+    """A run after ``updated``, whose own samples are a source called ``name``."""
+    (tmp_path / "recipe.yaml").write_text((second / "recipe.yaml").read_text())
+    samples = second / "updated" / "augment" / "samples.json"
+    source = f", {name}: {{ kind: samples, samples: 64, file: {samples}, images: {knowledge_folder} }}"
+    text = SECOND.format(run=second / "updated", images=knowledge_folder, first=source)
+    (tmp_path / "third.yaml").write_text(text.replace("name: second", "name: third"))
+    given = [f"--set={key}={json.dumps(value)}" for key, value in more.items()]
+    return [str(tmp_path / "third.yaml"), "--run", str(tmp_path / "run"), *given]
+
+
+def test_a_third_run_has_all_that_came_before(second: Path, tmp_path: Path, knowledge_folder: Path) -> None:
+    recipe = third(second, tmp_path, knowledge_folder, "second", **{"methods.kore.source_weights": {"first": 1}})
+    for stage in ("augment", "covariance", "init", "train"):
+        assert main([stage, *recipe]) == 0
+    before = CovarianceStore.load(second / "updated" / "covariance")
+    store = CovarianceStore.load(tmp_path / "run" / "covariance")
+    assert set(store.sources) == {*before.sources, "second"} == {"text", "chat", "pictures", "first", "second"}
+    # A source that was taken over may be named, and what is not named weighs nothing.
+    A = read_adapter(tmp_path / "run" / "init" / "kore").A
+    shown = {row["layer"]: float(row["leak"]) for row in read_rows(tmp_path / "run" / "init" / "kore" / "leak.csv")}
+    only = {**dict.fromkeys(store.sources, 0.0), "first": 1.0}
+    weights = {layer: torch.zeros(1, factor.shape[1]) for layer, factor in A.items()}
+    assert {leak.layer: leak.leak for leak in leak_report(A, weights, store, only)} == pytest.approx(shown)
+    # Its model has the adapters of both runs before it, and so has the one that is made of all three.
+    combined = read_adapter(tmp_path / "run" / "train" / "kore" / "combined")
+    earlier = read_adapter(second / "updated" / "train" / "kore" / "combined")
+    own = read_adapter(tmp_path / "run" / "train" / "kore" / "adapter")
+    for layer, rows in combined.A.items():
+        assert torch.equal(rows, torch.cat([earlier.A[layer], own.A[layer]]))
+        assert len(rows) == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("first", {}, "covariance source 'first'"),
+        ("second", {"after.weights": {"frist": 1}}, "after.weights names 'frist'"),
+        ("second", {"methods.kore.source_weights": {"frist": 1}}, "methods.kore.source_weights names 'frist'"),
+        ("second", {"after.method": "nothing"}, "is not there"),
+        ("second", {"methods.osf": {"kind": "osf", "learning_rate": 1e-3}}, "OSF's adapter is no LoRA"),
+    ],
+)
+def test_what_would_be_lost_is_refused_before_anything_is_made(
+    second: Path,
+    tmp_path: Path,
+    knowledge_folder: Path,
+    name: str,
+    settings: dict[str, object],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["run", *third(second, tmp_path, knowledge_folder, name, **settings)]) == 1
+    assert said in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
+
+
+@pytest.mark.parametrize(("adapter", "said"), [("OSF", "is no LoRA adapter"), (None, "holds no adapter")])
+def test_only_a_lora_is_gone_on_from(
+    finished: Path, tmp_path: Path, adapter: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "earlier" / "train" / "kore"
+    trained.mkdir(parents=True)
+    if adapter:
+        (trained / "adapter").mkdir()
+        (trained / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": adapter}))
+    settings = f"after={json.dumps({'run': str(tmp_path / 'earlier')})}"
+    assert main(["run", str(finished), "--run", str(tmp_path / "run"), "--set", settings]) == 1
+    assert said in capsys.readouterr().err

@@ -119,3 +119,75 @@ def test_run_refuses_what_a_dry_run_lists(capsys: pytest.CaptureFixture[str], tm
     assert main(["run", str(RECIPES / "llava_v1_5_7b"), "--run", str(tmp_path / "run")]) == 1
     assert "evoke_injection_data.json" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_run_s_memory_by_hand() -> None:
+    """7,063M parameters in bfloat16, of which 6,476M weights of the layers are trained, in float32."""
+    found = tried(**{"methods.full": "{ kind: full, learning_rate: 2e-5 }"})
+    layers = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert found.trained["full"] == layers
+    total = 7_063_427_072
+    weights = 2 * (total - layers) + 4 * layers
+    rows = dict(next(rows for heading, rows in found.sections if "while full trains" in heading))
+    wanted = f"weights {weights / 2**30:.1f}, adapter 0.0, gradients {4 * layers / 2**30:.1f}, "
+    assert wanted + f"optimizer {8 * layers / 2**30:.1f}" in rows["1 × alone"]
+    disk = dict(next(rows for heading, rows in found.sections if heading == "Disk"))
+    # Nothing to start from; two checkpoints of the model and two moments.
+    written = f"{weights / 2**30:.2f} GiB model, {2 * (weights + 8 * layers) / 2**30:.2f} GiB for two checkpoints"
+    assert disk["full"].startswith(written)
+
+
+def test_a_residual_s_adapter_has_twice_the_rank_on_disk() -> None:
+    found = tried(**{"methods.pissa": "{ kind: pissa, rank: 128, learning_rate: 2e-4 }"})
+    factors = 32 * 128 * (4 * (4096 + 4096) + 2 * (4096 + 11008) + 11008 + 4096)
+    assert found.trained["pissa"] == factors
+    disk = dict(next(rows for heading, rows in found.sections if heading == "Disk"))
+    start, checkpoints = 4 * factors, 2 * (4 + 8) * factors
+    assert disk["pissa"].startswith(f"{2 * start / 2**30:.2f} GiB adapter, {start / 2**30:.2f} GiB start, ")
+    assert f"{checkpoints / 2**30:.2f} GiB for two checkpoints" in disk["pissa"]
+
+
+def test_a_study_is_told_once_for_each_of_its_methods() -> None:
+    method = "{ kind: %s, learning_rates: [1e-4, 2e-4], rank: 128 }"
+    settings = {"methods.kore": "null", "methods.lora": method % "lora", "methods.pissa": method % "pissa"}
+    study = {"seeds": [0, 1, 2], "match": "lora", "keep_weights": False}
+    found = tried(**settings, **{"methods.kore_256": "null", "study": json.dumps(study)})
+    assert found.problems == []
+    assert set(found.trained) == {"lora", "pissa"}
+    rows = dict(next(rows for heading, rows in found.sections if heading == "Trained"))
+    assert rows["runs"].startswith("12 at most, 2 methods")
+    for keeps, named in ((False, "2.38 GiB adapter,"), (True, "14.30 GiB in 6 adapters,")):
+        kept = tried(**settings, **{"methods.kore_256": "null", "study": json.dumps({**study, "keep_weights": keeps})})
+        disk = dict(next(rows for heading, rows in kept.sections if heading == "Disk"))
+        assert disk["pissa"].startswith(named)
+
+
+def test_steps_are_of_the_branches_that_a_method_takes(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    branches = ["dialogue"] * 6 + ["vqa"] * 9 + ["caption"] * 3
+    rows = [{"id": f"s{n}", "conversations": turns, "branch": branch} for n, branch in enumerate(branches)]
+    file = tmp_path / "samples.json"
+    method = "{ kind: lora, rank: 8, learning_rate: 1e-4, branches: %s }"
+    settings = {
+        "samples": json.dumps({"file": str(file)}),
+        "training.batch_size": "4",
+        "training.epochs": "2",
+        "methods.some": method % "[dialogue, caption]",
+    }
+    # Before the file is there nobody knows.
+    assert set(tried(**settings).steps) == set()
+    assert set(tried(**settings, **{"samples.count": "18"}).steps) == {"kore", "kore_256"}
+    file.write_text(json.dumps(rows))
+    assert tried(**settings).steps == {"kore": 9, "kore_256": 9, "some": -(-9 * 2 // 4)}
+    none = tried(**settings, **{"methods.none": method % "[recognition]"})
+    assert any("'none'" in problem and "no sample of recognition" in problem for problem in none.problems)
+
+
+def test_a_rank_is_held_against_the_layers_of_its_method() -> None:
+    """Of Qwen2.5-VL's attention k and v are 512 wide; its MLP is not."""
+    wide = json.dumps({"kind": "kore", "rank": 600, "learning_rate": 2e-4, "layers": {"part": "mlp"}})
+    assert dry_run(load_recipe(RECIPES / "qwen2_5_vl_7b", {"methods.wide": wide})).problems == []
+    every = json.dumps({"kind": "kore", "rank": 600, "learning_rate": 2e-4})
+    (problem,) = dry_run(load_recipe(RECIPES / "qwen2_5_vl_7b", {"methods.wide": every})).problems
+    assert "rank 600 is larger than the width of" in problem
+    assert "k_proj" in problem

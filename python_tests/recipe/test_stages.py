@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from kore_fast.cli import main
 from kore_fast.errors import ConstraintError, DataError, RecipeError
+from kore_fast.files import read_json
 from kore_fast.recipe.checks import prepare
 from kore_fast.recipe.schema import load_recipe
 from kore_fast.recipe.stages import build_stages
@@ -101,6 +102,42 @@ def test_killed_at_every_stage_ends_with_the_same_files(finished: Path, tmp_path
     wanted, found = tree(finished / "run"), tree(tmp_path / "run")
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if wanted[name] != found[name]] == []
+
+
+def test_a_training_goes_on_with_other_options_of_memory(finished: Path, tmp_path: Path) -> None:
+    """What an out-of-memory error asks for must not cost the steps before it; they are the same steps."""
+    for done in ("augment", "covariance", "init"):
+        shutil.copytree(finished / "run" / done, tmp_path / "run" / done)
+    command = ["train", str(finished), "--run", str(tmp_path / "run"), "--method", "lora"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "KILL_AT": "train/lora/checkpoints/checkpoint-4/trainer_state.json",
+    }
+    ended = subprocess.run([sys.executable, "-c", KILLED_AT, *command], env=environment, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL
+    memory = ["training.per_device=1", "training.gradient_checkpointing=true", "training.checkpoint_every=6"]
+    assert main([*command, *(f"--set={s}" for s in memory)]) == 0
+    # Of six steps two were in the checkpoint.
+    assert read_json(tmp_path / "run" / "cost" / "train" / "lora.json")["steps"] == 4
+    wanted, found = (folder / "run" / "train" / "lora" for folder in (finished, tmp_path))
+    losses = [[float(row["loss"]) for row in csv.DictReader((f / "loss.csv").open())] for f in (wanted, found)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    before, after = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (wanted, found))
+    start = load_file(finished / "run" / "init" / "lora" / "adapter_model.safetensors")
+    for name, tensor in before.items():
+        moved = (tensor - start[name]).abs().max()
+        assert (after[name] - tensor).abs().max() < 1e-2 * moved, name
+
+
+def test_a_finished_training_is_kept_with_other_options_of_memory(
+    finished: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = ["training.per_device=1", "training.gradient_checkpointing=true", "training.checkpoint_every=3"]
+    run(finished, copied, *memory)
+    assert ran(capsys) == []
+    run(finished, copied, "training.batch_size=2")
+    assert "train/lora" in ran(capsys)
 
 
 def test_an_interrupted_init_solves_no_input_twice(
@@ -321,3 +358,12 @@ def test_prepare_finds_what_is_wrong_before_any_work(recipe_file: Path, tmp_path
         load("old_knowledge.pictures", str(tmp_path / "pictures.jsonl"))
     with pytest.raises(DataError, match=r"line 1: no \"choices\""):
         load("old_knowledge.held_out_pictures", str(knowledge_folder / "pictures.jsonl"))
+
+
+def test_the_time_left_is_not_known_where_steps_follow_from_samples(finished: Path, tmp_path: Path) -> None:
+    def seconds(**settings: str) -> float | None:
+        recipe = load_recipe(finished, {f"training.{key}": value for key, value in settings.items()})
+        return next(one.seconds for one in build_stages(recipe, tmp_path) if one.name == "train/lora")
+
+    assert seconds(steps="null", epochs="6") is None
+    assert seconds(steps="20") == 2 * seconds(steps="10") > 0  # type: ignore[operator]

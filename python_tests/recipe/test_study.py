@@ -105,6 +105,26 @@ def test_rates_are_matched_on_what_was_learned() -> None:
     assert choose({}, "lora") == {}
 
 
+def test_rates_are_matched_on_evoke_where_the_items_give_no_questions() -> None:
+    """EVOKE's items have no facts of their own: the recipes of the paper's models measure K.A only."""
+
+    def found(ka: float | None) -> dict[str, Any]:
+        return {"metrics": {"adaptation_cem": {"value": None}, "evoke_ka": {"value": ka}, "capitals": {"value": 0.5}}}
+
+    scores = {
+        Job("lora", 1e-4, 0, "a"): found(0.3),
+        Job("lora", 2e-4, 0, "b"): found(0.4),
+        Job("kore", 2e-4, 0, "c"): found(0.41),
+        Job("kore", 4e-4, 0, "d"): found(0.5),
+        Job("full", 2e-5, 0, "e"): found(None),  # nothing to choose from
+    }
+    assert choose(scores, "lora") == {"lora": 2e-4, "kore": 2e-4, "full": 2e-5}
+    assert choose(scores, None) == {"lora": 2e-4, "kore": 4e-4, "full": 2e-5}
+    scores[Job("full", 4e-5, 0, "f")] = found(None)
+    with pytest.raises(RecipeError, match="neither new facts asked by name, CEM nor EVOKE"):
+        choose(scores, "lora")
+
+
 def test_no_job_outlives_a_study_that_is_told_to_end(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +201,31 @@ def test_a_job_waits_while_another_makes_its_start(study_file: Path, tmp_path: P
     assert runner._next(waiting[:1], {jobs["lora_1em3_s0"]: _Running(process, "init", 0, None)}) is None
 
 
+@pytest.mark.parametrize(
+    ("chosen", "count", "wanted"),
+    [
+        (None, 2, ["0", "1", "0"]),
+        ("4,5", 2, ["4", "5", "4"]),
+        ("GPU-8a2f, MIG-17", 2, ["GPU-8a2f", "MIG-17", "GPU-8a2f"]),
+        ("3,-1,2", 1, ["3", "3", "3"]),  # CUDA looks no further than a number that is none
+        ("", 0, [None, None, None]),
+    ],
+)
+def test_jobs_share_the_gpus_that_the_user_chose(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, count: int, wanted: list[Any]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr("kore_fast.recipe.study._bound_to_us", lambda *_, env, **__: given.append(env))
+    runner = _Runner(study_file, load_recipe(study_file), tmp_path / "run", (), 3, float("inf"), print)
+    for place in range(3):
+        runner._start(jobs_of(runner.recipe)[place], "train", place, None)
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in given] == wanted
+
+
 @pytest.mark.slow
 def test_a_study_runs_once_continues_and_repeats_only_what_changed(
     study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -195,7 +240,8 @@ def test_a_study_runs_once_continues_and_repeats_only_what_changed(
     assert main(["compare", str(study_file), "--run", str(tmp_path / "run"), "--minutes", "0"]) == 1
     capsys.readouterr()
     started = go("--jobs", "2")
-    assert started[:3] == ["lora_1em3_s0", "lora_2em2_s0", "kore_1em2_s0"]
+    # The second waits while the first makes the start that both have.
+    assert started[:3] == ["lora_1em3_s0", "kore_1em2_s0", "lora_2em2_s0"]
     assert len(started) == 4, "the second seed runs at the chosen rate only"
     results = tmp_path / "results"
     kept = sorted(path.name for path in (results / "runs").iterdir())

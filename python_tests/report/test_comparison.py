@@ -111,6 +111,18 @@ def test_equal_adaptation_is_no_praise_when_kore_loses(tmp_path: Path) -> None:
     assert "rises by 0.500 with KORE against 0.100 with LoRA (500 % of it)" in one.sentence()
 
 
+def test_runs_on_evoke_are_compared_on_its_adaptation(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The same table, pairs and picture, where K.A is what was measured in the place of questions about facts."""
+    asked = build_comparison(runs, tmp_path / "asked")
+    evoke = [{**run, "metrics": dict(run["metrics"])} for run in runs]
+    for run in evoke:
+        run["metrics"]["evoke_ka"] = run["metrics"].pop("adaptation_cem")
+    found = build_comparison(evoke, tmp_path / "evoke")
+    assert found.equal == asked.equal
+    assert [group.selected for group in found.groups] == [group.selected for group in asked.groups]
+    assert (tmp_path / "evoke" / "comparison.png").is_file()
+
+
 def test_runs_that_learned_nothing_are_not_paired() -> None:
     runs = [BASE, scores("lora", 0, 1e-6, 0.06), scores("kore", 0, 1e-6, 0.06)]
     assert equal_adaptation([Scores.model_validate(run) for run in runs], "kore", "lora").pairs == 0

@@ -399,3 +399,11 @@ def test_a_broken_file_is_named(run: Path, file: str, content: str, message: str
     (run / file).write_text(content)
     with pytest.raises(DataError, match=message):
         build_report(run)
+
+
+def test_the_headline_is_of_evoke_where_that_is_what_was_measured(run: Path) -> None:
+    for file in run.glob("evaluate/*/scores.json"):
+        scores = json.loads(file.read_text())
+        scores["metrics"]["evoke_ka"] = scores["metrics"].pop("adaptation_cem")
+        file.write_text(json.dumps(scores))
+    assert headline(read_run(run)).startswith("At about equal adaptation (KORE reaches 62.0 % of EVOKE, K.A")
