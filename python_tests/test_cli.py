@@ -150,7 +150,7 @@ def test_image_count_is_checked_in_a_replaced_samples_file(
 
 def test_store_of_another_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from kore_fast.modules.loading import load_model, load_processor
-    from kore_fast.recipe.schema import load_recipe
+    from kore_fast.recipe.loading import load_recipe
 
     shutil.copytree(finished / "run" / "covariance", tmp_path / "run" / "covariance")
     path = load_recipe(finished).model_path()
@@ -243,7 +243,7 @@ def test_spectrum_s_errors(
 
 
 def test_verify_prints_a_line_a_check(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from kore_fast.recipe.schema import load_recipe
+    from kore_fast.recipe.loading import load_recipe
 
     adapter, model = finished / "run" / "train" / "kore" / "adapter", str(load_recipe(finished).model_path())
     command = ["verify", str(adapter), "--model", model]
@@ -271,7 +271,7 @@ def test_verify_prints_a_line_a_check(finished: Path, tmp_path: Path, capsys: py
 
 def test_merge_makes_a_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from kore_fast.modules.loading import load_model, load_processor
-    from kore_fast.recipe.schema import load_recipe
+    from kore_fast.recipe.loading import load_recipe
 
     adapter, model = finished / "run" / "train" / "kore" / "adapter", str(load_recipe(finished).model_path())
     command = ["merge", str(adapter), "--model", model, "--output", str(tmp_path / "out"), "--dtype", "bfloat16"]

@@ -36,8 +36,8 @@ def _augment(options: argparse.Namespace) -> int:
     """A recipe's stage, or an items file by itself."""
     from kore_fast.augmentation.pipeline import describe_cost, image_root
     from kore_fast.errors import RecipeError
+    from kore_fast.recipe.loading import load_plan, load_recipe
     from kore_fast.recipe.runner import run_stages
-    from kore_fast.recipe.schema import load_plan, load_recipe
     from kore_fast.recipe.stages import augment_stage
     from kore_fast.recipe.work import AUGMENT_CACHE
 

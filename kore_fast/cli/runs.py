@@ -59,8 +59,9 @@ def run(options: argparse.Namespace) -> int:
     from kore_fast.errors import RecipeError
     from kore_fast.modules.loading import quiet_transformers
     from kore_fast.recipe.checks import prepare
+    from kore_fast.recipe.loading import load_recipe
     from kore_fast.recipe.runner import run_stages
-    from kore_fast.recipe.schema import BASE, load_recipe
+    from kore_fast.recipe.schema import BASE
     from kore_fast.recipe.stages import build_stages
 
     keep_freed_memory()
@@ -101,7 +102,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     from kore_fast.errors import RecipeError
     from kore_fast.recipe.checks import prepare
-    from kore_fast.recipe.schema import load_recipe
+    from kore_fast.recipe.loading import load_recipe
     from kore_fast.recipe.study import compare
 
     if options.jobs < 1:

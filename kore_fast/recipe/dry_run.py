@@ -20,7 +20,9 @@ from kore_fast.constraint.ranks import parse_rank_choice
 from kore_fast.constraint.selection import select_linears
 from kore_fast.errors import ConstraintError, KoreError
 from kore_fast.files import iterate_json
+from kore_fast.modules.adapter import WEIGHTS
 from kore_fast.recipe.checks import check_after, check_projector, check_ranks, missing_data, model_without_weights
+from kore_fast.recipe.materials import earlier_adapter
 from kore_fast.recipe.schema import Method, Recipe
 from kore_fast.recipe.sizes import Layer, Sizes, sizes_of
 
@@ -368,6 +370,7 @@ def _memory_rows(
     recipe: Recipe, shape: _Shape, method: Method, sizes: Sizes, tokens: int, gpus: tuple[int, ...]
 ) -> Iterator[tuple[str, str]]:
     terms = {"EWC": method.ewc is not None, "LwF": method.lwf is not None and not method.way.shows_base}
+    beside = recipe.after is not None and method.way.saves == "adapter"  # a model trained in full has it folded in
     for count in gpus:
         most = recipe.training.per_device or recipe.training.batch_size
         rounds = -(-recipe.training.samples_a_step // (most * count))
@@ -376,10 +379,11 @@ def _memory_rows(
             recipe, shape, method, sizes
         )
         each = f"{at_a_time} sample(s) × {rounds} round(s) a step"
-        for name, (by_weights, by_gradients, by_moments) in _parallel(count):
+        for name, (by_weights, by_gradients, by_moments) in _parallel(count, method):
             parts = {
                 "weights": sizes.base_bytes / by_weights,
                 "adapter": sizes.adapter_bytes / by_weights,
+                **({"earlier adapter": _earlier_bytes(recipe, sizes) / by_weights} if beside else {}),
                 "gradients": sizes.gradient_bytes / by_gradients,
                 "optimizer": sizes.moment_bytes / by_moments,
                 "activations": activations,
@@ -390,11 +394,18 @@ def _memory_rows(
             yield f"{count} × {name}", f"{sum(parts.values()) / _GIB:.0f} GiB: {listed}; {each}"
 
 
-def _parallel(count: int) -> list[tuple[str, tuple[int, int, int]]]:
-    """Ways to train on so many GPUs → what weights, gradients and moments are divided by."""
+def _earlier_bytes(recipe: Recipe, sizes: Sizes) -> int:
+    """Of the adapter that the earlier run has trained, held in float32; before it is there, one like this run's."""
+    file = earlier_adapter(recipe) / WEIGHTS
+    return file.stat().st_size if file.is_file() else sizes.adapter_bytes
+
+
+def _parallel(count: int, method: Method) -> list[tuple[str, tuple[int, int, int]]]:
+    """Ways to train the method on so many GPUs → what weights, gradients and moments are divided by."""
     if count == 1:
         return [("alone", (1, 1, 1))]
-    return [("DDP", (1, 1, 1)), ("FSDP2", (count, count, count)), ("ZeRO-3", (count, count, count))]
+    spread = method.way.spreads and method.ewc is None and method.lwf is None
+    return [("DDP", (1, 1, 1)), *([("FSDP2", (count,) * 3), ("ZeRO-3", (count,) * 3)] if spread else [])]
 
 
 def _activation_bytes(recipe: Recipe, shape: _Shape, method: Method, tokens: int) -> int:

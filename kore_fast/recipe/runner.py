@@ -97,6 +97,8 @@ def _begin(run: Path, stage: Stage, head: str, clock: RunClock, held: ExitStack)
             _say(f"{head}: nothing changed{note}")
             return None
     if state.get("fingerprint") != fingerprint:
+        if state.get("done") is False:
+            _say(f"{head}: its options or inputs have changed since it was interrupted: it starts anew")
         _empty(folder)
     write_json(folder / STATE, {"stage": stage.name, "fingerprint": fingerprint, "done": False})
     _say(f"{head}: {_time_left(clock)}")

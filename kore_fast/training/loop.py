@@ -50,8 +50,6 @@ _CHECKPOINT_FILES = {
     "FSDP2": ("pytorch_model_fsdp*", "optimizer*", "scheduler.pt", "rng_state*.pth"),
     "DeepSpeed": ("latest", "global_step*/*optim_states.pt", "scheduler.pt", "rng_state*.pth"),
 }
-# Methods that were compared with one process where FSDP2 or ZeRO-3 spread the parameters over processes.
-_SPREADABLE = ("full", "kore", "lora", "mica")
 
 
 @dataclass(frozen=True)
@@ -367,7 +365,7 @@ def check_spread(method: TrainingMethod, checkpoints: Path, *, adds_terms: bool 
     if by == "FSDP2" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConstraintError("FSDP's first version flattens A together with what is trained: set fsdp_version: 2")
     ddp = "train under DDP (recipes/accelerate/ddp.yaml), where every process has the whole model"
-    if method.kind not in _SPREADABLE:
+    if not method.spreads:
         raise ConstraintError(
             f"{method.title} (kind {method.kind!r}) needs whole weights, which {by} spreads over processes: {ddp}"
         )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe.loading import load_recipe
 from kore_fast.recipe.study import _Runner, jobs_of
 from python_tests.augmentation.language.server import Reply, Server
 from python_tests.constraint.test_official import llava_layout, split, write

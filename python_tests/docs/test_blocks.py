@@ -16,7 +16,8 @@ from pydantic import ValidationError
 import kore_fast as kf
 from kore_fast.data.items import Item
 from kore_fast.modules.loading import load_model
-from kore_fast.recipe.schema import Recipe, load_recipe
+from kore_fast.recipe.loading import load_recipe
+from kore_fast.recipe.schema import Recipe
 from python_tests.docs.pages import PAGES, ROOT, Found, blocks, inline_keys
 
 # What is as wide as a real model on the pages, and fits none of the tiny one's layers.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kore_fast.cli import main
-from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe.loading import load_recipe
 from python_tests.docs.pages import PAGES, ROOT, commands, inline_commands, languages, links
 
 RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_dir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from kore_fast.modules.adapter_files import read_adapter
 from kore_fast.modules.combining import combine_adapters
 from kore_fast.modules.earlier import earlier_factors, whole_weight
 from kore_fast.modules.loading import load_model, load_processor
+from kore_fast.recipe.dry_run import dry_run
+from kore_fast.recipe.loading import load_recipe
 from kore_fast.recipe.materials import base_model, earlier_adapter, earlier_questions
-from kore_fast.recipe.schema import load_recipe
 
 SECOND = """
 extends: recipe.yaml
@@ -71,6 +73,17 @@ def test_the_store_is_the_earlier_one_and_the_injected_samples(second: Path, fin
     only = {**dict.fromkeys(after.sources, 0.0), "text": 1.0}
     kept = before.covariance(layer, {name: only[name] for name in before.sources})
     assert torch.equal(after.covariance(layer, only), kept)
+
+
+def test_a_dry_run_counts_the_adapter_that_is_there_already(second: Path, finished: Path) -> None:
+    def beside(name: str) -> int:
+        memory = [rows for heading, rows in dry_run(load_recipe(second / name)).sections if "Memory" in heading]
+        found = [re.search(r"earlier adapter ([\d.]+)", text) for rows in memory for _, text in rows]
+        assert all(found) or not any(found)
+        return len([match for match in found if match])
+
+    assert beside("recipe.yaml") == 0
+    assert beside("updated.yaml") > 0
 
 
 def test_the_new_null_space_leaks_less_of_what_was_injected(second: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from kore_fast.cli import main
 from kore_fast.recipe.checks import differences
 from kore_fast.recipe.dry_run import DryRun, dry_run
-from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe.loading import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # d_out of q, k, v, o, gate, up and down by hand, and the number of blocks.
@@ -145,6 +145,16 @@ def test_a_residual_s_adapter_has_twice_the_rank_on_disk() -> None:
     start, checkpoints = 4 * factors, 2 * (4 + 8) * factors
     assert disk["pissa"].startswith(f"{2 * start / 2**30:.2f} GiB adapter, {start / 2**30:.2f} GiB start, ")
     assert f"{checkpoints / 2**30:.2f} GiB for two checkpoints" in disk["pissa"]
+
+
+def test_memory_is_told_for_what_a_method_can_be_trained_with() -> None:
+    """FSDP2 and ZeRO-3 refuse PiSSA, and EWC with any method."""
+    found = dry_run(load_recipe(RECIPES / "llava_v1_5_7b" / "baselines.yaml"))
+    for method, spread in {"kore": True, "lora": True, "pissa": False, "ewc": False, "lwf": False}.items():
+        (rows,) = [rows for heading, rows in found.sections if f"while {method} trains" in heading]
+        assert {what.partition(" × ")[2] for what, _ in rows} == {"alone", "DDP"} | (
+            {"FSDP2", "ZeRO-3"} if spread else set()
+        )
 
 
 def test_a_study_is_told_once_for_each_of_its_methods() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kore_fast.recipe.kept import file_digests, options_digest, still_fits
-from kore_fast.recipe.schema import Recipe, load_recipe
+from kore_fast.recipe.loading import load_recipe
+from kore_fast.recipe.schema import Recipe
 from python_tests.conftest import recipe_text
 
 MORE = """

@@ -17,8 +17,8 @@ from kore_fast.errors import RecipeError
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.loading import load_model
 from kore_fast.ops.factors import leak
+from kore_fast.recipe.loading import load_recipe
 from kore_fast.recipe.materials import chosen_samples
-from kore_fast.recipe.schema import load_recipe
 from kore_fast.training.methods.interface import open_adapter
 
 

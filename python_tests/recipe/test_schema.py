@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kore_fast.errors import RecipeError
-from kore_fast.recipe.schema import load_plan, load_recipe
+from kore_fast.recipe.loading import load_plan, load_recipe
 
 MINIMAL: dict[str, Any] = {
     "name": "small",

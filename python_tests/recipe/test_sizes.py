@@ -12,7 +12,8 @@ from torch import nn
 from kore_fast.constraint.selection import select_linears, target_pattern
 from kore_fast.modules.loading import load_model
 from kore_fast.recipe.dry_run import _Shape
-from kore_fast.recipe.schema import Method, load_recipe
+from kore_fast.recipe.loading import load_recipe
+from kore_fast.recipe.schema import Method
 from kore_fast.recipe.sizes import Layer, sizes_of
 from kore_fast.training.methods.interface import StartOptions
 from python_tests import families

@@ -20,7 +20,7 @@ from kore_fast.cli import main
 from kore_fast.errors import ConstraintError, DataError, RecipeError
 from kore_fast.files import read_json
 from kore_fast.recipe.checks import prepare
-from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe.loading import load_recipe
 from kore_fast.recipe.stages import build_stages
 
 STAGES = [

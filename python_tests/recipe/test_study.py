@@ -18,8 +18,8 @@ import yaml
 
 from kore_fast.cli import main
 from kore_fast.errors import RecipeError
+from kore_fast.recipe.loading import load_recipe
 from kore_fast.recipe.locks import alone_in
-from kore_fast.recipe.schema import load_recipe
 from kore_fast.recipe.study import Job, _bound_to_us, _Runner, _Running, choose, expand, jobs_of
 
 STUDY = """

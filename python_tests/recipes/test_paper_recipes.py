@@ -17,7 +17,8 @@ from kore_fast.files import read_json
 from kore_fast.modules.adapter_files import read_adapter
 from kore_fast.recipe.checks import model_without_weights
 from kore_fast.recipe.dry_run import dry_run
-from kore_fast.recipe.schema import Recipe, load_recipe
+from kore_fast.recipe.loading import load_recipe
+from kore_fast.recipe.schema import Recipe
 from kore_fast.training.methods import METHODS
 from python_tests import families
 

@@ -13,7 +13,7 @@ import pytest
 from kore_fast.cli import main
 from kore_fast.files import read_json
 from kore_fast.recipe.dry_run import dry_run
-from kore_fast.recipe.schema import load_recipe
+from kore_fast.recipe.loading import load_recipe
 from kore_fast.recipe.study import jobs_of
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

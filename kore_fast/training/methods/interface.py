@@ -72,6 +72,8 @@ class TrainingMethod(ABC):
     """Whether its start is computed from covariances of old knowledge."""
     shows_base: ClassVar[bool] = False
     """Whether a model in training can compute what the untouched base does, see `as_base`."""
+    spreads: ClassVar[bool] = False
+    """Whether it was held against one process where FSDP2 or ZeRO-3 spreads the parameters over several."""
     lowest_peft: ClassVar[tuple[int, int]] = (0, 18)
 
     def check_available(self) -> None:

@@ -56,6 +56,7 @@ class Lora(LowRankMethod):
 
     kind = "lora"
     title = "LoRA"
+    spreads = True
     takes = LowRankMethod.takes | {"freeze_a"}
 
     def make_start(self, base: nn.Module, options: StartOptions, folder: Path) -> PeftModel:
@@ -102,6 +103,7 @@ class Mica(LowRankMethod):
 
     kind = "mica"
     title = "MiCA"
+    spreads = True
     lowest_peft = (0, 20)
 
     def make_start(self, base: nn.Module, options: StartOptions, folder: Path) -> PeftModel:
@@ -118,6 +120,7 @@ class Kore(LowRankMethod):
 
     kind = "kore"
     title = "KORE"
+    spreads = True
     starts = "null space"
     takes = frozenset({"freeze_a", "projector_learning_rate"})
     uses_covariance = True

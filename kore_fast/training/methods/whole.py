@@ -26,6 +26,7 @@ class Full(TrainingMethod):
 
     kind = "full"
     title = "full fine-tuning"
+    spreads = True
     starts = "nothing"
     saves = "model"
     takes = frozenset({"projector_learning_rate", "weight_decay"})

@@ -23,8 +23,9 @@ from kore_fast.errors import ConstraintError
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.loading import load_model
 from kore_fast.recipe import work
+from kore_fast.recipe.loading import load_recipe
 from kore_fast.recipe.methods import start_options
-from kore_fast.recipe.schema import Method, Recipe, load_recipe
+from kore_fast.recipe.schema import Method, Recipe
 from kore_fast.training.loop import TrainingOptions, move_named_state, train
 from kore_fast.training.methods import METHODS
 from kore_fast.training.methods.low_rank import product

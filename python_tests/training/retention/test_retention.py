@@ -20,7 +20,8 @@ from kore_fast.errors import DataError, RecipeError
 from kore_fast.modules.adapter import lora_layers
 from kore_fast.modules.loading import load_model
 from kore_fast.recipe import methods as recipe_methods
-from kore_fast.recipe.schema import Method, load_recipe
+from kore_fast.recipe.loading import load_recipe
+from kore_fast.recipe.schema import Method
 from kore_fast.training.loop import TrainingOptions, train
 from kore_fast.training.methods import METHODS
 from kore_fast.training.retention.ewc import Ewc, diagonal_fisher, load_fisher, save_fisher
