@@ -12,9 +12,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kore_fast.modules.adapter_files import check_fits, read_adapter
-from kore_fast.modules.combining import plain_adapter
-
 
 @torch.no_grad()
 def put_beside(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -34,6 +31,10 @@ def put_beside(model: nn.Module, folder: str | Path) -> nn.Module:
         ConstraintError: more than A and B in a layer, an A that is not the saved one, or another model's adapter.
         DataError: see `read_adapter`.
     """
+    # A covariance can be collected where PEFT is not.
+    from kore_fast.modules.adapter_files import check_fits, read_adapter
+    from kore_fast.modules.combining import plain_adapter
+
     adapter = plain_adapter(read_adapter(folder))
     check_fits(adapter, model)
     scalings, state = adapter.scalings(), model.state_dict()
