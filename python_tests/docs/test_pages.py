@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -91,3 +92,31 @@ def named_recipes() -> set[str]:
 @pytest.mark.parametrize("name", sorted(named_recipes()))
 def test_recipes_that_commands_name_are_recipes(name: str) -> None:
     load_recipe(ROOT / name)
+
+
+def test_the_front_page_s_quickstart_is_the_committed_run() -> None:
+    """The table's cells, value and interval, as `results.csv` has them."""
+    metrics = {
+        "new facts in wordings not trained on": "adaptation_cem",
+        "capitals of the world": "capitals",
+        "picture naming, four choices": "picture_naming",
+        "held-out Wikipedia loss": "wikipedia_loss",
+        "drift on text": "kl_text",
+        "drift in chat": "kl_chat",
+        "drift on pictures": "kl_picture",
+    }
+    with (ROOT / "recipes" / "quickstart" / "results" / "results.csv").open(newline="") as file:
+        found = {(row["method"], row["metric"]): row for row in csv.DictReader(file)}
+    seen = set()
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        metric = next((metric for label, metric in metrics.items() if line.startswith(f"| {label}")), None)
+        if metric is None:
+            continue
+        seen.add(metric)
+        for method, cell in zip(("base", "lora", "kore"), line.split("|")[2:5], strict=True):
+            row = found[method, metric]
+            wanted = [float(row[key]) * (100 if "%" in cell else 1) for key in ("value", "low", "high")]
+            shown = re.findall(r"\d+(?:\.\d+)?", cell)
+            for text, value in zip(shown, wanted, strict=False):
+                assert text == f"{value:.{len(text.partition('.')[2])}f}", line
+    assert seen == set(metrics.values())
