@@ -132,8 +132,8 @@ def test_pieces_of_recipes_in_the_text(found: Found, tiny_recipe: dict[str, Any]
     laid_over(tiny_recipe, piece, tmp_path)
 
 
-# LLaMA-Factory's and Axolotl's.
-OF_OTHERS = {"adapter_name_or_path", "lora_model_dir"}
+# LLaMA-Factory's, Axolotl's and DeepSpeed's.
+OF_OTHERS = {"adapter_name_or_path", "lora_model_dir", "bf16", "torch_autocast"}
 
 
 @pytest.mark.parametrize("found", [f for page in PAGES for f in inline_keys(page)], ids=str)
@@ -148,7 +148,8 @@ def test_keys_in_the_text_are_known(found: Found) -> None:
 
 def known_keys() -> str:
     """The lines of the modules that hold the options, where each stands as ``key: type``."""
-    files = [ROOT / "kore_fast" / "recipe" / "schema.py", *(ROOT / "kore_fast" / "augmentation").rglob("*.py")]
+    files = [ROOT / "kore_fast" / "recipe" / name for name in ("schema.py", "loading.py")]
+    files += (ROOT / "kore_fast" / "augmentation").rglob("*.py")
     files.append(ROOT / "kore_fast" / "endpoint" / "options.py")
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
 

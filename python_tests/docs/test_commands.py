@@ -64,7 +64,7 @@ ELSEWHERE: dict[str, tuple[str, list[str]]] = {
     ),
     "kore-fast run recipes/llava_v1_5_7b": (
         "python_tests/recipes/test_paper_recipes.py",
-        ["def test_it_runs_in_small", 'main(["run", str(path)'],
+        ["def test_it_runs_in_small", 'main(small.command("run", path'],
     ),
     **{
         f"kore-fast run recipes/tiny_vlm_sequential{part}": (
